@@ -1,0 +1,141 @@
+"""`LSUVCallback` and `learn.lsuv_init`: when LSUV runs in fastai."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.core import Callback
+from fastai.learner import Learner
+from fastcore.basics import patch
+from fastcore.meta import delegates
+
+from fastai_lsuv.batch import inputs_of
+from fastai_lsuv.evidence import LoadWatch, copied, signs_of_training
+from fastai_lsuv.lsuv import lsuv_
+from fastai_lsuv.options import Options
+from fastai_lsuv.report import LSUVReport, few
+
+
+@delegates(lsuv_)
+class LSUVCallback(Callback):
+    """Initialise a fresh network by LSUV before the first step of its first fit; see `lsuv_`.
+
+    Runs once per Learner, and never where weights are not the callback's to change: in `validate`, `get_preds` and
+    the like, in later fits, on networks that have been trained or loaded. The report is then in `report` and in
+    `learn.lsuv_report`.
+    """
+
+    # after ChannelsLast and TrainEvalCallback, which bring the model into the form and onto the device on which it
+    # trains; before anything from 0 up that copies, wraps or saves it (EMA, ParallelTrainer, LRFinder)
+    order = ChannelsLast.order / 2
+    _learn: Learner | None = None
+    _watch: LoadWatch | None = None
+
+    def __init__(
+        self,
+        batch: Any = None,  # a batch as the DataLoaders give it, `(xb, yb)`; `None` takes one from `learn.dls`
+        verbose: bool = True,  # print one line that says what was done
+        **kwargs: Any,
+    ) -> None:
+        Options(**kwargs)  # a wrong one should be told now, not at the first fit
+        super().__init__()
+        self.batch, self.verbose, self.options = batch, verbose, kwargs
+        self.report: LSUVReport | None = None
+        self.loaded = self.told = False
+
+    @property
+    def learn(self) -> Learner | None:
+        """The Learner that this callback belongs to, which is watched for loads from the moment it is known."""
+        return self._learn
+
+    @learn.setter
+    def learn(self, learn: Learner | None) -> None:
+        self._stop_watching()
+        self.__dict__["_learn"] = learn  # past fastai's check for names that the Learner has, too
+        if learn is not None and not _has_had_lsuv(learn):
+            self.__dict__["_watch"] = LoadWatch(learn.model)
+
+    def before_fit(self) -> None:
+        """Run LSUV if this is the first real fit of a fresh network."""
+        learn = self._learn
+        assert learn is not None
+        if not _came_through_fit(learn):
+            return
+        if _has_had_lsuv(learn):
+            self._tell_of_thawed_layers(learn)
+            return
+        if signs := self._signs(learn):
+            self._say_once(f"LSUV: not run, because {signs[0]}; learn.lsuv_init() would do it all the same")
+        else:
+            self.report = learn.lsuv_init(self.batch, **self.options)
+            self._say(self.report.summary())
+        self._stop_watching()
+
+    def _signs(self, learn: Learner) -> list[str]:
+        loaded = self.loaded or (self._watch is not None and self._watch.loaded)
+        return ["weights were loaded into the model"] if loaded else list(signs_of_training(learn))
+
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.remove()
+            self.loaded |= self._watch.loaded
+            self.__dict__["_watch"] = None
+
+    def _tell_of_thawed_layers(self, learn: Learner) -> None:
+        """Say which layers were frozen when LSUV ran, and train from now on."""
+        modules = dict(learn.model.named_modules())
+        frozen = [row.name for row in learn.lsuv_report if row.reason == "frozen" and row.name in modules]
+        thawed = [name for name in frozen if all(p.requires_grad for p in modules[name].parameters())]
+        if thawed:
+            self._say_once(f"LSUV: {len(thawed)} layers that were frozen when it ran were not corrected: {few(thawed)}")
+
+    def _say_once(self, text: str) -> None:
+        if not self.told:
+            self._say(text)
+        self.told = True
+
+    def _say(self, text: str) -> None:
+        if self.verbose:
+            print(text)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without training data and without the watch, which stays behind in this process."""
+        loaded = self.loaded or (self._watch is not None and self._watch.loaded)
+        return super().__getstate__() | {"batch": None, "loaded": loaded, "_watch": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LSUVCallback:
+        """With both, the watch on the copied model."""
+        return copied(self, memo)
+
+
+@patch
+@delegates(lsuv_)
+def lsuv_init(
+    self: Learner,
+    batch: Any = None,  # a batch as the DataLoaders give it, `(xb, yb)`; `None` takes one from `learn.dls`
+    **kwargs: Any,
+) -> LSUVReport:
+    """Initialise the model by LSUV now, whatever state it is in; see `lsuv_`. The report is in `lsuv_report`, too."""
+    self.lsuv_report = lsuv_(self.model, inputs_of(self, batch), **kwargs)
+    return self.lsuv_report
+
+
+def _has_had_lsuv(learn: Learner) -> bool:
+    return "lsuv_report" in vars(learn)
+
+
+def _came_through_fit(learn: Learner) -> bool:
+    """Whether the event at hand was fired by `learn.fit`.
+
+    `validate`, `get_preds`, `tta`, `with learn:` and others fire `before_fit`, too, and nothing in the Learner's
+    attributes tells them apart: only the frames do.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_locals.get("self") is learn and frame.f_code.co_name in ("fit", "__enter__"):
+            return frame.f_code.co_name == "fit"
+        frame = frame.f_back
+    return False

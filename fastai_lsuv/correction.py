@@ -1,0 +1,209 @@
+"""The correcting pass: each unit is measured and corrected in its own hook, and hands on the corrected output."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from fastai_lsuv.block import correct_block, is_right, one_sided
+from fastai_lsuv.hooks import hooked
+from fastai_lsuv.modules import is_known_affine
+from fastai_lsuv.options import Options
+from fastai_lsuv.probe import first_tensor
+from fastai_lsuv.rehearsal import Call, Rehearsal, copied
+from fastai_lsuv.solver import Anderson, Dial, correct
+from fastai_lsuv.stats import Moments, moments
+from fastai_lsuv.units import Unit
+
+EXACT = 1e-3  # |mean - wanted| and |std - wanted| of an affine layer in a clean pass
+
+
+class Correction:
+    """Correcting passes over the units that nothing speaks against: one, or more where calls share weights."""
+
+    def __init__(self, rehearsal: Rehearsal, units: list[Unit], options: Options) -> None:
+        self.rehearsal, self.options = rehearsal, options
+        self.units = {unit.module: unit for unit in units if not unit.status}
+        self.inputs: dict[nn.Module, Call] = {}  # of blocks, which run again
+        self.dials: dict[Unit, Dial] = {}  # of shared units
+        self.anderson = Anderson()
+
+    def run(self) -> None:
+        """Make passes until every unit is settled, `max_iter` at most."""
+        for i in range(self.options.max_iter):
+            self.first_pass = i == 0
+            self.flags: dict[Unit, Tensor] = {}
+            self.pooled: dict[Unit, Moments] = {}  # over the calls of each shared unit
+            self.one_sided: dict[Unit, bool] = {}
+            blocks = {m: self._keep_input for m, unit in self.units.items() if unit.is_block and not unit.is_shared}
+            with hooked(dict.fromkeys(self.units, self._see), blocks):
+                self.rehearsal.forward()
+            put_back = self._settle_singles()
+            if not self._turn_dials() and not put_back:
+                break
+
+    def _keep_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.rehearsal.replaying:
+            self.inputs[module] = copied((args, kwargs))
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Forward hook: measure, correct, and hand on what the corrected unit would have put out."""
+        y, unit = first_tensor(output), self.units.get(module)
+        if self.rehearsal.replaying or y is None or unit is None:
+            return None
+        if unit.is_shared:
+            return self._shared(unit, output, y)
+        return self._block(unit, output, y) if unit.is_block else _with_first(output, y, self._single(unit, y))
+
+    # one exact step, for a layer that is called once
+
+    def _single(self, unit: Unit, y: Tensor) -> Tensor:
+        step = one_step(unit, y, self.options)
+        for p in unit.parameters:
+            self.rehearsal.undo.remember(p)
+        correct(unit, step.scale, step.shift)
+        self.flags[unit] = step.flags
+        return _affine(unit, y, step)
+
+    def _settle_singles(self) -> bool:
+        """Read all flags at once; returns whether a unit was put back, so that those behind it saw a wrong input."""
+        put_back = False
+        flags = torch.stack([*self.flags.values()]).tolist() if self.flags else []
+        for unit, (changed, constant, not_finite) in zip(self.flags, flags, strict=True):
+            unit.n_iter += changed
+            if not_finite or (constant and not changed):
+                put_back |= self._skip(unit, "non-finite output" if not_finite else "constant output")
+            elif constant:
+                unit.reason = "constant output"  # in some channels
+        return put_back
+
+    def _skip(self, unit: Unit, reason: str) -> bool:
+        """Put a unit back to its first weights; returns whether it had others."""
+        unit.skip(reason)
+        del self.units[unit.module]
+        if unit in self.dials:
+            self.dials.pop(unit).reset()
+        changed = [self.rehearsal.undo.take_back(p) for p in unit.touched]
+        return any(changed)
+
+    # a block that is called once: it is run again, alone, until it is right
+
+    def _block(self, unit: Unit, output: Any, y: Tensor) -> Any:
+        seen = moments(y)
+        call = self.inputs.pop(unit.module)
+        if not bool(seen.std.isfinite()) or not bool(seen.std > 0):
+            self._skip(unit, "constant output" if seen.std.isfinite() else "non-finite output")
+            return None
+        shifts = unit.can_shift and (unit.shift is not None or not one_sided(y, seen))
+        if unit.can_shift and not shifts and self.options.mean is not None:
+            unit.reason = "one sign, mean kept"
+        dial = Dial(unit, self.options, self.rehearsal.undo, shifts)
+        with self.rehearsal.replay(unit.module) as run:
+            correct_block(unit, dial, seen, lambda: moments(_first(run(call))), self.options)
+            return run(call) if unit.n_iter else None
+
+    # a unit that is called several times: judged over all its calls, turned between passes
+
+    def _shared(self, unit: Unit, output: Any, y: Tensor) -> Any:
+        if self.first_pass and unit not in self.pooled and not unit.is_block:
+            y, first = self._single(unit, y), y  # a good start for the calls that follow
+            output = _with_first(output, first, y)
+        now = moments(y, unit.channel_dim(y, self.options.per_channel))
+        self.pooled[unit] = self.pooled[unit].merge(now) if unit in self.pooled else now
+        self.one_sided[unit] = unit.is_block and one_sided(y, now) and self.one_sided.get(unit, True)
+        return output
+
+    def _turn_dials(self) -> bool:
+        """Turn the dials of all shared units together, unless all are right; returns whether they were turned."""
+        for unit, seen in self.pooled.items():
+            if unit.module in self.units and not bool((seen.std.isfinite() & (seen.std > 0)).all()):
+                self._skip(unit, "constant output" if bool(seen.std.isfinite().all()) else "non-finite output")
+        shared = {unit: seen for unit, seen in self.pooled.items() if unit.module in self.units}
+        for unit, seen in shared.items():
+            if unit not in self.dials:
+                shifts = unit.can_shift and (unit.shift is not None or not self.one_sided[unit])
+                self.dials[unit] = Dial(unit, self.options, self.rehearsal.undo, shifts, seen.mean.numel())
+        dials = [self.dials[unit] for unit in shared]
+        tol = self.options.tol / 2
+        if all(is_right(seen, self.options, tol, self.dials[u].shifts) for u, seen in shared.items()):
+            return False
+        here = [dial.position for dial in dials]
+        image = [dial.image(seen) for dial, seen in zip(dials, shared.values(), strict=True)]
+        target = self.anderson.next(torch.cat(here), torch.cat(image))
+        for unit, dial, position in zip(shared, dials, target.split([len(p) for p in here]), strict=True):
+            dial.turn(position)
+            unit.n_iter += 1
+        return True
+
+
+class Step(NamedTuple):
+    """What turns an output y into scale * y + shift: numbers or one a channel, on the device of the output."""
+
+    scale: Tensor
+    shift: Tensor
+    flags: Tensor  # of any channel: changed, constant, not finite
+
+
+def one_step(unit: Unit, y: Tensor, options: Options) -> Step:
+    """The exact step for an affine unit: W/s and (b - m)/s turn y = Wx + b into (y - m)/s.
+
+    Decided on the device, without waiting for it: where nothing is to be done, the step is 1 and 0.
+    """
+    seen = moments(y, unit.channel_dim(y, options.per_channel))
+    shifts = unit.can_shift and options.mean is not None
+    mean, std = options.mean or 0.0, options.std
+    finite = seen.mean.isfinite() & seen.std.isfinite()
+    constant = finite & is_constant(unit, y, seen)
+    near = ((seen.std - std).abs() <= EXACT / 2) if std is not None else torch.ones_like(finite)
+    if shifts:
+        near = near & ((seen.mean - mean).abs() <= EXACT / 2)
+    change = finite & ~constant & ~near
+    scale = std / seen.std if std is not None else torch.ones_like(seen.std)
+    shift = mean - scale * seen.mean if shifts else torch.zeros_like(seen.mean)
+    flags = torch.stack([change.any(), constant.any(), ~finite.all()])
+    return Step(torch.where(change, scale, 1.0), torch.where(change, shift, 0.0), flags)
+
+
+def is_constant(unit: Unit, y: Tensor, seen: Moments) -> Tensor:
+    """Whether the output (of a channel) doesn't depend on the input: no spread, or only that of the bias."""
+    eps = torch.finfo(y.dtype).eps
+    flat = seen.std <= eps * seen.mean.abs()
+    if unit.carriers is None or (bias := unit.carriers.bias) is None or seen.mean.dim():
+        return flat
+    shift = bias.detach().double() if y.device.type != "mps" else bias.detach().float()
+    only_bias = _near(seen.m2 / seen.n, (shift * unit.carriers.gain).var(unbiased=False), max(1e-6, 4 * eps))
+    if y.device.type == "cpu" and not bool(only_bias):
+        return flat  # the usual case, without the look at the samples
+    few = y.detach().as_subclass(Tensor)[:8]
+    return flat | (only_bias & (few == few[:1]).all())
+
+
+def _near(a: Tensor, b: Tensor, rtol: float) -> Tensor:
+    return (a - b).abs() <= rtol * b
+
+
+def _affine(unit: Unit, y: Tensor, step: Step) -> Tensor:
+    """The output scaled and shifted, in place where the output is surely the layer's own."""
+    shape = [1] * y.dim()
+    if step.scale.dim():
+        shape[unit.channel_dim(y, True) or 0] = -1
+    wide = torch.promote_types(y.dtype, torch.float32)
+    scale, shift = step.scale.to(wide).reshape(shape), step.shift.to(wide).reshape(shape)
+    if y.dtype == wide and is_known_affine(unit.module):
+        y.mul_(scale).add_(shift)
+        return y
+    return (y.to(wide) * scale + shift).to(y.dtype)
+
+
+def _first(output: Any) -> Tensor:
+    y = first_tensor(output)
+    assert y is not None
+    return y
+
+
+def _with_first(output: Any, y: Tensor, corrected: Tensor) -> Any:
+    """The output with its first tensor replaced."""
+    return corrected if output is y else tree_map(lambda o: corrected if o is y else o, output)

@@ -1,0 +1,196 @@
+"""A deep network on real images that doesn't train with PyTorch's default weights, and does after LSUV."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import fastai.callback.progress  # the progress bars
+import fastai.callback.schedule  # noqa: F401  (`fit_one_cycle`)
+import pandas as pd
+import torch
+from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
+from fastai.data.core import DataLoaders
+from fastai.data.transforms import IndexSplitter, ItemGetter
+from fastai.learner import Learner
+from fastai.metrics import accuracy
+from fastai.torch_core import no_random
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import nn
+
+from fastai_lsuv.callback import LSUVCallback
+from fastai_lsuv.plots import plot_demo
+
+__all__ = ["digits_dls", "main", "plain_cnn"]
+
+ACTIVATIONS = MappingProxyType(
+    {
+        "elu": nn.ELU,
+        "gelu": nn.GELU,
+        "leaky_relu": nn.LeakyReLU,
+        "relu": nn.ReLU,
+        "sigmoid": nn.Sigmoid,
+        "silu": nn.SiLU,
+        "tanh": nn.Tanh,
+    }
+)
+RUNS = ("default weights", "LSUV")
+
+
+def digits_dls(
+    bs: int = 64,  # images in a batch
+    seed: int = 42,  # of the split and of the order in which training shuffles
+    valid_pct: float = 0.2,  # share of the images that is held out, each digit's alike
+) -> DataLoaders:
+    """DataLoaders of scikit-learn's digits: 1,797 scans of handwritten digits, in ten classes.
+
+    Inputs are float tensors of shape (bs, 1, 8, 8) with the mean and std of the training images taken out; targets are
+    the digits, 0 to 9. The same seed gives the same batches, and the global random state is left as it was.
+    """
+    images, digits = load_digits(return_X_y=True)
+    x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8)
+    train, valid = train_test_split(range(len(x)), test_size=valid_pct, random_state=seed, stratify=digits)
+    std, mean = torch.std_mean(x[train])
+    block = DataBlock(
+        blocks=(TransformBlock, CategoryBlock),
+        get_x=ItemGetter(0),
+        get_y=ItemGetter(1),
+        splitter=IndexSplitter(valid),
+    )
+    with no_random(seed):  # a fastai DataLoader seeds its shuffling from Python's `random`
+        return block.dataloaders(list(zip((x - mean) / std, digits.tolist(), strict=True)), bs=bs, num_workers=0)
+
+
+def plain_cnn(
+    depth: int = 17,  # layers with weights: depth - 1 convolutions and a linear head; at least 3
+    width: int = 24,  # channels of each convolution
+    act: Callable[[], nn.Module] = nn.ReLU,  # makes the activation behind each convolution
+    n_out: int = 10,  # number of classes
+) -> nn.Sequential:
+    """A plain deep CNN for 8x8 images of one channel: no normalisation, no shortcut, PyTorch's default weights.
+
+    Two of the 3x3 convolutions, a third and two thirds down, halve the image: 8x8, 4x4, 2x2.
+    """
+    if depth < 3:
+        raise ValueError(f"depth={depth}: a plain_cnn has at least 3 layers, two convolutions and the head")
+    n_convs = depth - 1
+    halving = (n_convs // 3, 2 * n_convs // 3)
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for i in range(n_convs):
+        stride = 2 if i in halving else 1
+        layers[f"conv{i + 1}"] = nn.Conv2d(width if i else 1, width, kernel_size=3, stride=stride, padding=1)
+        layers[f"act{i + 1}"] = act()
+    layers["flatten"] = nn.Flatten()
+    layers["head"] = nn.Linear(width * 2 * 2, n_out)
+    return nn.Sequential(layers)
+
+
+def main(
+    argv: Sequence[str] | None = None,  # command-line arguments; `None`: those of the process
+) -> None:
+    """Train the same network twice, from default weights and with `LSUVCallback`, and show what differs.
+
+    A bad argument ends with one line on stderr and exit code 2, before anything is trained.
+    """
+    args = _parser().parse_args(argv)
+    learners = []
+    for run, cbs in zip(RUNS, ([], [LSUVCallback()]), strict=True):
+        print(f"\n{run}: {args.depth} layers, {args.act}, fit_one_cycle({args.epochs}, {args.lr:g})")
+        learners.append(_train(args, cbs))
+
+    report = learners[-1].lsuv_report.to_frame().set_index("name")
+    stds = report[["std_before", "std_after"]].set_axis(RUNS, axis=1)
+    accuracies = pd.DataFrame({run: _accuracies(learn) for run, learn in zip(RUNS, learners, strict=True)})
+    accuracies.index = pd.RangeIndex(1, args.epochs + 1, name="epoch")
+
+    plot_demo(stds, accuracies, chance=1 / learners[0].dls.c).savefig(args.out, dpi=120)
+    print(f"\n{learners[-1].lsuv_report}")
+    print(f"\nvalidation accuracy\n{accuracies.to_string(float_format='{:.3f}'.format)}")
+    print(f"\nfigure: {args.out}")
+
+
+def _train(args: argparse.Namespace, cbs: list[LSUVCallback]) -> Learner:
+    with no_random(args.seed):
+        model = plain_cnn(args.depth, args.width, ACTIVATIONS[args.act])
+        learn = Learner(digits_dls(seed=args.seed), model, metrics=accuracy, cbs=cbs)
+        if sys.stdout.isatty():
+            learn.fit_one_cycle(args.epochs, args.lr)
+        else:  # fastprogress would fill a file or a pipe with its carriage returns
+            learn.logger = lambda row: print("  ".join(_named(learn, row)))
+            with learn.no_bar():
+                learn.fit_one_cycle(args.epochs, args.lr)
+    return learn
+
+
+def _named(learn: Learner, row: Sequence[Any]) -> list[str]:
+    values = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in row)
+    return [f"{name} {value}" for name, value in zip(learn.recorder.metric_names, values, strict=True)]
+
+
+def _accuracies(learn: Learner) -> list[float]:
+    column = list(learn.recorder.metric_names[1:]).index("accuracy")  # `values` leave out the epoch's number
+    return [row[column] for row in learn.recorder.values]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line; the usage is there for who asks for `--help`."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m fastai_lsuv",
+        description="Train a plain deep CNN on scikit-learn's digits: with PyTorch's default weights, then with LSUV.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--depth", type=_whole_number(3, 1000), default=17, help="layers with weights, the head included")
+    add("--width", type=_whole_number(1, 1024), default=24, help="channels of each convolution")
+    add("--act", choices=ACTIVATIONS, default="relu", help="activation behind each convolution")
+    add("--epochs", type=_whole_number(1, 1000), default=5, help="length of each of the two trainings")
+    add("--lr", type=_learning_rate, default=1e-3, help="highest learning rate of the one-cycle schedule")
+    add("--seed", type=_whole_number(0, 2**32 - 1), default=42, help="of the weights, the split and the batches")
+    add("--out", type=_png, default="lsuv_digits.png", help="the figure to write")
+    return parser
+
+
+def _whole_number(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def _learning_rate(text: str) -> float:
+    try:
+        lr = float(text)
+    except ValueError:
+        lr = math.nan
+    if not 0 < lr < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return lr
+
+
+def _png(text: str) -> Path:
+    """A path that can be written; better now than after the training."""
+    path = Path(text)
+    if path.suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
+    existed = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write {text!r}: {error.strerror}") from None
+    if not existed:
+        path.unlink()
+    return path

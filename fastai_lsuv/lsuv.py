@@ -1,0 +1,154 @@
+"""Observe, correct, observe: `lsuv_`."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
+
+from fastai_lsuv.block import is_right
+from fastai_lsuv.correction import EXACT, Correction
+from fastai_lsuv.hooks import hooked
+from fastai_lsuv.modules import Choice
+from fastai_lsuv.options import Options
+from fastai_lsuv.probe import first_tensor
+from fastai_lsuv.rehearsal import Rehearsal, Undo
+from fastai_lsuv.report import LSUVReport, Row
+from fastai_lsuv.stats import Moments, moments
+from fastai_lsuv.survey import survey
+from fastai_lsuv.units import Unit
+
+_EPS_OF_HALF = 1e-4  # fp16 and bf16 have a larger one
+_LARGE_RATIO = 1e4  # of |mean| to std, at which fp32 outputs are rounded to about 1e-3 std
+
+
+def lsuv_(
+    model: nn.Module,  # changed in place: weights and biases, nothing else
+    batch: Any,  # a tensor → `model(x)`, a tuple or list → `model(*xs)`, a mapping → `model(**kw)`
+    *,
+    mean: float | None = 0.0,  # wanted mean of each unit's output, where it can be shifted; `None`: nothing is shifted
+    std: float | None = 1.0,  # wanted standard deviation; `None`: nothing is scaled. Both `None`: only measure
+    per_channel: bool = False,  # each output channel by itself (Krähenbühl et al. 2016, arXiv:1511.06856)
+    modules: Choice = None,  # which units: `None` = all affine layers; types, names with wildcards, modules, a function
+    exclude: Choice = None,  # the same forms, taken away from `modules` with everything beneath them
+    init: Callable[[Tensor], Any] | None = None,  # in-place initialiser of each chosen weight first, biases are zeroed
+    tol: float = 1e-3,  # for blocks and shared layers, where one exact step is impossible
+    max_iter: int = 10,  # steps at most, for the same
+) -> LSUVReport:  # a row for each unit, in execution order: moments before and after, status, reason
+    """Scale and shift each layer's weights so that its output on `batch` has the wanted mean and standard deviation.
+
+    Layer-sequential unit variance (Mishkin & Matas 2016, arXiv:1511.06422) with the fast.ai course's mean correction,
+    exact for all layers at once, in three forward passes whatever the depth: the hook that measures a layer corrects
+    it and hands on the corrected output. In place and silent, like `torch.nn.init`.
+
+    Raises:
+        ValueError: an option out of its range, a pattern that matches nothing, a batch with NaN or infinity, lazy
+            modules that have not seen a batch yet.
+        TypeError: an option of a wrong type.
+        Exception: whatever a forward pass raises, with the module at work in its message. The model is then
+            bit-for-bit what it was.
+    """
+    options = Options(mean, std, per_channel, modules, exclude, init, tol, max_iter)
+    started = time.perf_counter()
+    _check(model, batch)
+    with Rehearsal(model, batch) as rehearsal:
+        units = survey(rehearsal, modules, exclude, per_channel)
+        if not units:
+            warnings.warn(f"{type(model).__name__} has nothing to correct: no affine layer", stacklevel=2)
+        if not options.only_measures:
+            for unit in units:
+                _reinitialise(unit, options, rehearsal.undo)
+            Correction(rehearsal, units, options).run()
+        _observe(rehearsal, units, options)
+    rows = [_row(unit, options) for unit in units]
+    return LSUVReport(rows, rehearsal.n_forward, time.perf_counter() - started, mean=mean, std=std)
+
+
+def _check(model: nn.Module, batch: Any) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise ValueError(f"{name!r} is lazy and not initialised yet: send a batch through the model first")
+    for x in tree_leaves(batch):
+        if isinstance(x, Tensor) and x.is_floating_point() and not bool(x.isfinite().all()):
+            raise ValueError(f"the batch has NaN or infinity in an input of shape {tuple(x.shape)}")
+
+
+def _reinitialise(unit: Unit, options: Options, undo: Undo) -> None:
+    """Apply `init`, in fp32 and without gradients, to the weights of a unit that will be corrected."""
+    if options.init is None or unit.status or unit.carriers is None:
+        return
+    with torch.no_grad():
+        for weight in unit.carriers.matrices:
+            if weight.count_nonzero():  # zeros are there on purpose
+                undo.remember(weight)
+                fresh = weight.detach().float() if weight.dtype != torch.float64 else weight.detach().clone()
+                try:
+                    options.init(fresh)
+                except Exception as error:
+                    name = getattr(options.init, "__name__", repr(options.init))
+                    raise type(error)(f"init={name} failed on {unit.name!r} {tuple(weight.shape)}: {error}") from error
+                weight.copy_(fresh)
+        if unit.carriers.bias is not None and unit.carriers.weight.count_nonzero():
+            undo.remember(unit.carriers.bias)
+            unit.carriers.bias.zero_()
+
+
+def _observe(rehearsal: Rehearsal, units: list[Unit], options: Options) -> None:
+    """Measure every unit in a clean pass."""
+    if options.only_measures:
+        for unit in units:
+            unit.after = unit.before
+        return
+    by_module = {unit.module: unit for unit in units}
+
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if (y := first_tensor(output)) is not None:
+            unit = by_module[module]
+            now = moments(y, unit.channel_dim(y, options.per_channel))
+            unit.after = unit.after.merge(now) if unit.after else now
+
+    with hooked(dict.fromkeys((unit.module for unit in units if unit.before), see)):
+        rehearsal.forward()
+
+
+def _row(unit: Unit, options: Options) -> Row:
+    if not unit.status:
+        unit.status = _status(unit, options)
+    before, after = _numbers(unit.before), _numbers(unit.after)
+    return Row(
+        unit.name, type(unit.module).__name__, unit.n_calls, *before, *after, unit.n_iter, unit.status, unit.reason
+    )
+
+
+def _status(unit: Unit, options: Options) -> str:
+    if options.only_measures:
+        return "unchanged"
+    if unit.after is None or not _reached(unit, unit.after, options):
+        return "not_converged"
+    return "corrected" if unit.n_iter else "unchanged"
+
+
+def _reached(unit: Unit, after: Moments, options: Options) -> bool:
+    exact = not (unit.is_block or unit.is_shared)
+    centred = unit.can_shift and not unit.reason.endswith("mean kept")
+    return is_right(after, options, (EXACT if exact else options.tol) + _rounding(unit), centred)
+
+
+def _rounding(unit: Unit) -> float:
+    """What the output's precision allows to be off: a few eps, times |mean| / std where the mean dwarfs the std."""
+    seen = [m for m in (unit.before, unit.after) if m is not None]
+    ratio = max(1.0, *(float((m.mean.abs() / m.std).max()) for m in seen))
+    return 4 * unit.eps * ratio if unit.eps > _EPS_OF_HALF or ratio > _LARGE_RATIO else 0.0
+
+
+def _numbers(seen: Moments | None) -> tuple[float, float]:
+    if seen is None:
+        return float("nan"), float("nan")
+    pooled = seen.pooled()
+    return float(pooled.mean), float(pooled.std)

@@ -1,0 +1,226 @@
+"""A forward pass as training will see it: everything restored afterwards, parameters rolled back on error."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a forward
+
+
+class RandomState:
+    """The random streams of Python, numpy and torch (CPU, and each accelerator that is in use) at one moment."""
+
+    def __init__(self) -> None:
+        self.python = random.getstate()
+        self.numpy = np.random.get_state() if (np := sys.modules.get("numpy")) else None
+        self.torch = torch.get_rng_state()
+        # asking for the state of a device that nobody has used yet would start it
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        self.mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+
+    def restore(self) -> None:
+        """Put all streams back to that moment."""
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state_all(self.cuda)
+        if self.mps is not None:
+            torch.mps.set_rng_state(self.mps)
+
+
+class ModuleState:
+    """All that a forward pass may leave on a module and its children, parameters' values apart.
+
+    Training flags, hidden states and caches are attributes; buffers are kept by value, too.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.modules = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in root.modules()]
+        self.values = [(b, b.clone(), b._version) for b in root.buffers()]
+
+    def restore(self) -> None:
+        """Put everything back; what has not changed is not touched."""
+        for module, attributes, parameters, buffers in self.modules:
+            _put_back(vars(module), attributes)
+            _put_back(module._parameters, parameters)
+            _put_back(module._buffers, buffers)
+        for i, (buffer, value, version) in enumerate(self.values):
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(value)
+                self.values[i] = (buffer, value, buffer._version)
+
+
+def _put_back(current: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    for name in current.keys() - saved.keys():
+        del current[name]
+    for name, value in saved.items():
+        if name not in current or current[name] is not value:
+            current[name] = value
+
+
+class Undo:
+    """First values of what is changed, so that all of it can be taken back: one copy of each changed weight."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[int, tuple[Tensor, Tensor]] = {}
+        self._setters: dict[object, tuple[Callable[[Any], None], Any]] = {}
+
+    def remember(self, tensor: Tensor) -> Tensor:
+        """Keep the value of `tensor` if this is the first time, and return the kept one."""
+        if id(tensor) not in self._tensors:
+            self._tensors[id(tensor)] = (tensor, tensor.detach().clone())
+        return self._tensors[id(tensor)][1]
+
+    def remember_value(self, key: object, value: Any, setter: Callable[[Any], None]) -> Any:
+        """The same for a value that is no tensor, put back by calling `setter` with it."""
+        return self._setters.setdefault(key, (setter, value))[1]
+
+    def take_back(self, tensor: Tensor) -> bool:
+        """Put one tensor back to its first value; returns whether it had another."""
+        if id(tensor) not in self._tensors or torch.equal(tensor, self._tensors[id(tensor)][1]):
+            return False
+        with torch.no_grad():
+            tensor.copy_(self._tensors[id(tensor)][1])
+        return True
+
+    def rollback(self) -> None:
+        """Take everything back, to the bit."""
+        with torch.no_grad():
+            for tensor, value in self._tensors.values():
+                tensor.copy_(value)
+        for setter, value in self._setters.values():
+            setter(value)
+
+
+class Rehearsal:
+    """Forward passes of `model` on `batch` as training will see them, as a context manager.
+
+    Eval mode, but normalisation layers use the batch's statistics as they will in training; no gradients. Every pass
+    starts from the same random state, buffers and attributes, and at the end all of them are as before. If the block
+    is left by an exception, parameters noted in `undo` are rolled back, and the error names the module at work.
+    """
+
+    def __init__(self, model: nn.Module, batch: Any) -> None:
+        self.model = model
+        self.args, self.kwargs = as_call(batch)
+        self.undo = Undo()
+        self.n_forward = 0  # whole-model passes so far
+        self.replaying = False  # a single module is being run again: hooks must not count that as a call
+
+    def __enter__(self) -> Rehearsal:
+        self._random, self._state = RandomState(), ModuleState(self.model)
+        self._norms = _norms_of_training(self.model)
+        self._state.restore()
+        self._singles = [
+            n.register_forward_pre_hook(_one_value_a_channel_uses_running_statistics, prepend=True) for n in self._norms
+        ]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        for handle in self._singles:
+            handle.remove()
+        if error is not None:
+            self.undo.rollback()
+            name_module_at_work(error, self.model)
+        self._state.restore()
+        self._random.restore()
+        torch.clear_autocast_cache()  # the casts it holds are of weights that have changed
+
+    def forward(self) -> None:
+        """One pass of the whole model, from the state in which it was found."""
+        self._state.restore()
+        self._random.restore()
+        self.model.eval()
+        for norm in self._norms:
+            norm.training = True
+        torch.clear_autocast_cache()
+        with torch.no_grad():
+            self.model(*self.args, **self.kwargs)
+        self.n_forward += 1
+
+    @contextmanager
+    def replay(self, module: nn.Module) -> Iterator[Callable[[Call], Any]]:
+        """Run one module again, on inputs of choice, from the same random state each time.
+
+        Meant for a hook in the middle of a pass; the pass goes on from where it was.
+        """
+        now, state = RandomState(), ModuleState(module)
+        was, self.replaying = self.replaying, True
+
+        def run(call: Call) -> Any:
+            state.restore()
+            now.restore()
+            args, kwargs = copied(call)
+            with torch.no_grad():
+                return module(*args, **kwargs)
+
+        try:
+            yield run
+        finally:
+            self.replaying = was
+            state.restore()
+            now.restore()
+
+
+def as_call(batch: Any) -> Call:
+    """Arguments of the forward for a batch: a tensor, a tuple or list of inputs, or a mapping of keyword inputs."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
+
+
+def copied(call: Call) -> Call:
+    """The same arguments with tensors of their own, safe from changes in place."""
+    args, kwargs = tree_map(lambda o: o.clone() if isinstance(o, Tensor) else o, call)
+    return tuple(args), dict(kwargs)
+
+
+def _norms_of_training(model: nn.Module) -> list[nn.Module]:
+    """Modules with running statistics that will use the batch's in training, models that freeze theirs respected."""
+    model.train()
+    return [m for m in model.modules() if m.training and {"running_mean", "running_var"} & m._buffers.keys()]
+
+
+def _one_value_a_channel_uses_running_statistics(norm: nn.Module, args: tuple[Any, ...]) -> None:
+    """Training raises on a single value per channel, whose variance is undefined."""
+    x = args[0] if args else None
+    if isinstance(x, Tensor) and x.dim() > 1:
+        has_statistics = any(norm._buffers.get(name) is not None for name in ("running_mean", "running_var"))
+        norm.training = not has_statistics or x.numel() > _channel_groups(norm, x)
+
+
+def _channel_groups(norm: nn.Module, x: Tensor) -> int:
+    per_sample = isinstance(norm, nn.modules.instancenorm._InstanceNorm)
+    return x.shape[0] * x.shape[1] if per_sample else x.shape[1]
+
+
+def name_module_at_work(error: BaseException, model: nn.Module) -> None:
+    """Add the innermost module of `model` in the error's traceback to its message, once."""
+    names = {module: name for name, module in model.named_modules()}
+    at_work, step = None, error.__traceback__
+    while step is not None:
+        owner = step.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and owner in names:
+            at_work = owner
+        step = step.tb_next
+    if at_work is None:
+        return
+    where = f"`{names[at_work]}` ({type(at_work).__name__})" if names[at_work] else f"the {type(at_work).__name__}"
+    text = f"LSUV stopped in {where}; the model is as it was"
+    if not error.args or isinstance(error.args[0], str):
+        first, *others = error.args or ("",)
+        error.args = (f"{first}\n{text}".lstrip(), *others)
+    else:  # a code or an object that a handler may look for
+        error.args = (*error.args, text)

@@ -1,0 +1,150 @@
+"""What `lsuv_` found and did: rows, table, frame, figure."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, overload
+
+import pandas as pd
+
+from fastai_lsuv.plots import plot_report
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STATUSES = ("corrected", "unchanged", "skipped", "not_converged")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer or block: plain names and numbers; NaN where there is nothing to measure."""
+
+    name: str  # qualified name in the model, "" for the model itself
+    type: str  # class name
+    n_calls: int  # forward calls in one pass
+    mean_before: float  # of the untouched network on the batch, over all calls together
+    std_before: float
+    mean_after: float  # of a clean pass through the finished network
+    std_after: float
+    n_iter: int  # corrections made
+    status: str  # corrected, unchanged (was there already), skipped, not_converged
+    reason: str  # why, in a fixed phrase, where there is something to say
+
+
+class LSUVReport(Sequence[Row]):
+    """Rows in execution order, also by name: `report[0]`, `report["0.3.conv"]`.
+
+    Holds numbers and names only, so that it pickles small and keeps no model or tensor alive.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],  # one a unit, in execution order
+        n_forward: int,  # passes of the whole model that were made
+        seconds: float,  # wall time of all
+        mean: float | None = 0.0,  # wanted mean
+        std: float | None = 1.0,  # wanted standard deviation
+    ) -> None:
+        self.rows, self.n_forward, self.seconds, self.mean, self.std = tuple(rows), n_forward, seconds, mean, std
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, key: int | str) -> Row: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> Sequence[Row]: ...
+
+    def __getitem__(self, key: int | str | slice) -> Row | Sequence[Row]:
+        if not isinstance(key, str):
+            return self.rows[key]
+        for row in self.rows:
+            if row.name == key:
+                return row
+        raise KeyError(f"{key!r}: no such unit; there are {', '.join(repr(row.name) for row in self.rows)}")
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    @property
+    def converged(self) -> bool:
+        """Whether every unit that wasn't skipped has the wanted mean and std."""
+        return all(row.status != "not_converged" for row in self.rows)
+
+    def to_frame(self) -> pd.DataFrame:
+        """A pandas DataFrame with one row a unit and the columns of `Row`."""
+        return pd.DataFrame([asdict(row) for row in self.rows], columns=[f.name for f in fields(Row)])
+
+    def plot(self) -> Figure:
+        """Mean and standard deviation of every unit, before beside after, as a matplotlib figure."""
+        return plot_report(self.to_frame(), mean=self.mean, std=self.std)
+
+    def summary(self) -> str:
+        """One line: how many units, worst mean and std before → after, seconds, what was skipped and why."""
+        done = [row for row in self.rows if row.status != "skipped"]
+        only_measured = self.mean is None and self.std is None
+        parts = [f"LSUV: {len(done)} of {len(self.rows)} layers {'measured' if only_measured else 'right'}"]
+        if done:
+            for what, wanted in (("mean", self.mean or 0.0), ("std", self.std or 1.0)):
+                judged = [row for row in done if what == "std" or not row.reason.endswith("mean kept")]
+                if not judged:
+                    continue
+                before, after = (_farthest(judged, f"{what}_{when}", wanted) for when in ("before", "after"))
+                parts.append(f"worst {what} {before}" if only_measured else f"worst {what} {before} → {after}")
+        parts.append(f"{self.seconds:.2f} s")
+        return "; ".join([", ".join(parts), *self._left()])
+
+    def _left(self) -> list[str]:
+        """What isn't as wanted, by reason."""
+        groups = defaultdict(list)
+        for row in self.rows:
+            if row.status in ("skipped", "not_converged"):
+                groups[row.status.replace("_", " "), row.reason].append(row.name or row.type)
+        return [
+            f"{len(names)} {status}{f' ({reason})' if reason else ''}: {few(names)}"
+            for (status, reason), names in groups.items()
+        ]
+
+    def _table(self) -> pd.DataFrame:
+        """The frame as text, for printing."""
+        frame = self.to_frame()
+        for column in frame.select_dtypes("float"):
+            frame[column] = [_number(x) for x in frame[column]]
+        return frame.rename(columns={"n_calls": "calls", "n_iter": "steps"}).astype(str)
+
+    def __repr__(self) -> str:
+        if not self.rows:
+            return self.summary()
+        table = self._table()
+        text = [column for column in table if column in ("name", "type", "status", "reason")]
+        for column in text:  # pandas aligns to the right
+            width = max(map(len, [column, *table[column]]))
+            table[column] = table[column].str.ljust(width)
+            table = table.rename(columns={column: column.ljust(width)})
+        lines = table.to_string(index=False).split("\n")
+        return "\n".join([*(line.rstrip() for line in lines), self.summary()])
+
+    def _repr_html_(self) -> str:
+        return f"{self._table().to_html(index=False)}<p>{html.escape(self.summary())}</p>"
+
+
+def _number(x: float) -> str:
+    if math.isnan(x):
+        return "-"
+    return f"{x:.4f}" if 1e-3 <= abs(x) < 1e4 or x == 0 else f"{x:.1e}"
+
+
+def _farthest(rows: Sequence[Row], column: str, wanted: float) -> str:
+    """The value that is farthest from the wanted one."""
+    values = [getattr(row, column) for row in rows]
+    return _number(max(values, key=lambda x: abs(x - wanted) if not math.isnan(x) else float("inf")))
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many there are beyond."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,214 @@
+"""The first pass: which units a model has on this batch, in what order they run, and what they put out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fastai_lsuv.hooks import hooked
+from fastai_lsuv.modules import (
+    AFFINE_TYPES,
+    GAIN_TYPES,
+    Choice,
+    chosen,
+    is_known_affine,
+    is_pattern,
+    names_in,
+    with_descendants,
+)
+from fastai_lsuv.probe import Carriers, find_carriers, first_tensor, known_carriers, small_noise
+from fastai_lsuv.rehearsal import Rehearsal
+from fastai_lsuv.stats import Moments, moments
+from fastai_lsuv.units import Shift, Unit, mark_frozen, mark_tied
+
+
+def survey(rehearsal: Rehearsal, modules: Choice, exclude: Choice, per_channel: bool) -> list[Unit]:
+    """Run the model once, unchanged, and say what can be corrected in it: units in execution order.
+
+    Units that were never called come last. Each unit holds the moments of its output in that pass.
+    """
+    watch = _Watch(rehearsal, modules, exclude, per_channel)
+    with hooked({m: watch.see for m in rehearsal.model.modules() if m in watch.wanted or any_parameters(m)}):
+        rehearsal.forward()
+    units = list(watch.units())
+    mark_frozen(units)
+    mark_tied(rehearsal.model, units)
+    return units
+
+
+def any_parameters(module: nn.Module) -> bool:
+    """Whether the module or a child of it has a parameter."""
+    return next(module.parameters(), None) is not None
+
+
+@dataclass
+class _Watch:
+    rehearsal: Rehearsal
+    modules: Choice
+    exclude: Choice
+    per_channel: bool
+    calls: Counter[nn.Module] = field(default_factory=Counter)  # in the order in which first calls ended
+    order: list[nn.Module] = field(default_factory=list)  # all calls, in the order in which they ended
+    found: dict[nn.Module, Carriers | None] = field(default_factory=dict)  # affine layers: what the probe says
+    gains: dict[nn.Module, Carriers] = field(default_factory=dict)  # chosen ones that aren't layers, but have a scale
+    # what the probe said of the first of several modules with the same code, configuration and kind of input
+    known: dict[Any, tuple[list[Tensor], Carriers | None]] = field(default_factory=dict)
+    moments: dict[nn.Module, Moments] = field(default_factory=dict)
+    eps: dict[nn.Module, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        model = self.rehearsal.model
+        self.names = {m: name for name, m in model.named_modules()}
+        self.excluded = with_descendants(chosen(model, self.exclude, "exclude")) if self.exclude else set()
+        self.wanted = set() if self.modules is None else set(chosen(model, self.modules))
+
+    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Forward hook: count, examine, measure."""
+        if self.rehearsal.replaying or not any(isinstance(o, Tensor) for o in tree_leaves((args, kwargs))):
+            return  # without an input it makes a weight for its parent: a parametrization
+        self.calls[module] += 1
+        self.order.append(module)
+        if module not in self.found:
+            self.found[module] = self._examine(module, (args, kwargs))
+        if module in self.excluded or not (module in self.wanted or self._is_layer(module)):
+            return
+        if (y := first_tensor(output)) is not None:
+            self._measure(module, y)
+
+    def _is_layer(self, module: nn.Module) -> bool:
+        return self.found.get(module) is not None or isinstance(module, AFFINE_TYPES)
+
+    def _measure(self, module: nn.Module, y: Tensor) -> None:
+        carriers = self._carriers(module)
+        by_channel = self.per_channel and carriers is not None and carriers.channel_dim is not None
+        now = moments(y, carriers.channel_dim(y) if by_channel else None)  # type: ignore[union-attr,misc]
+        self.eps[module] = torch.finfo(y.dtype).eps
+        self.moments[module] = self.moments[module].merge(now) if module in self.moments else now
+
+    def _carriers(self, module: nn.Module) -> Carriers | None:
+        return self.found.get(module) or self.gains.get(module)
+
+    def _examine(self, module: nn.Module, call: Any) -> Carriers | None:
+        if is_known_affine(module):
+            return known_carriers(module)
+        parameters = [p for p in self._own_parameters(module) if p.is_floating_point() and p.numel()]
+        if not parameters or (isinstance(module, GAIN_TYPES) and module not in self.wanted):
+            return None
+        alike = _signature(module, call)
+        if alike is not None and alike in self.known:
+            first, answer = self.known[alike]
+            layer = answer and answer.of(dict(zip(first, parameters, strict=True)))
+        else:
+            layer = self._probe(module, parameters, call, mixing=True)
+            if alike is not None:
+                self.known[alike] = (parameters, layer)
+        if layer is None and module in self.wanted and (gain := self._probe(module, parameters, call, mixing=False)):
+            self.gains[module] = gain
+        return layer
+
+    def _probe(self, module: nn.Module, parameters: list[Tensor], call: Any, mixing: bool) -> Carriers | None:
+        contains_layers = any(m in self.calls and self._is_layer(m) for m in module.modules() if m is not module)
+        with self.rehearsal.replay(module) as run:
+            for inputs in (small_noise(call, samples=1 if contains_layers else 2), call):
+                # a module may refuse fewer samples or other values, in ways of its own
+                with suppress(Exception):
+                    return find_carriers(run, parameters, inputs, mixing, contains_layers)
+        return None
+
+    def _own_parameters(self, module: nn.Module) -> Iterator[Tensor]:
+        """Its parameters and those of children whose forward has not run: it must use them itself, if anyone does."""
+        yield from (p for p in module._parameters.values() if p is not None)
+        for child in module.children():
+            if child not in self.calls:
+                yield from self._own_parameters(child)
+
+    def units(self) -> Iterator[Unit]:
+        """All units, those that ran in the order in which they ended first, then those that never ran."""
+        picked = [m for m in self.calls if m in self.moments]
+        if self.modules is not None:
+            picked = [m for m in self.calls if m in self._picked_by_user() and m in self.moments]
+        units = [self._unit(module) for module in picked]
+        used = {p for unit in units for p in unit.parameters}
+        yield from units
+        for module, name in self.names.items():
+            if module in self.calls or module in self.excluded or not any_parameters(module):
+                continue
+            adopted = any(p in used for p in module.parameters(recurse=False))
+            if module in self.wanted or (self.modules is None and isinstance(module, AFFINE_TYPES) and not adopted):
+                carriers = known_carriers(module) if is_known_affine(module) else None
+                yield Unit(name, module, carriers, status="skipped", reason="never called")
+
+    def _picked_by_user(self) -> set[nn.Module]:
+        """What the user chose; of the modules that a pattern matches, the layers if there are any."""
+        patterns = names_in(self.modules)
+        if not patterns:
+            return self.wanted
+        picked: set[nn.Module] = set()
+        for pattern in patterns:
+            matched = chosen(self.rehearsal.model, pattern)
+            layers = [m for m in matched if self._is_layer(m)] if is_pattern(pattern) else []
+            picked.update(layers or matched)
+        return picked
+
+    def _unit(self, module: nn.Module) -> Unit:
+        unit = Unit(
+            self.names[module],
+            module,
+            self._carriers(module),
+            n_calls=self.calls[module],
+            eps=self.eps[module],
+            before=self.moments[module],
+        )
+        if unit.carriers is None:
+            self._set_up_block(unit)
+        if not unit.can_shift:
+            unit.reason = unit.reason or "no bias, mean kept"
+        if not unit.status and self.moments[module].n < 2:
+            unit.skip("too few values")
+        if self.per_channel and (unit.is_block or unit.carriers is None or unit.carriers.channel_dim is None):
+            unit.skip("excluded by mode")
+        return unit
+
+    def _set_up_block(self, unit: Unit) -> None:
+        unit.is_block = True
+        if isinstance(getattr(type(unit.module), "bias", None), property):
+            unit.shift = Shift(unit.module)
+        inside = set(unit.module.modules()) - self.excluded
+        layers = [m for m in self.order if m in inside and self.found.get(m) is not None]
+        weight = getattr(unit.module, "weight", None)  # of a block: a property that exposes it
+        exposed = [m for m in layers if self.found[m].weight is weight]  # type: ignore[union-attr]
+        if layers:
+            unit.layer = (exposed or layers)[-1]
+            unit.carriers = self.found[unit.layer]
+        elif isinstance(weight, nn.Parameter):  # a layer that does more than its type says
+            unit.carriers = Carriers(weight, unit.module._parameters.get("bias"), matrices=(weight,))
+        elif isinstance(unit.module, AFFINE_TYPES):  # its weight is made from others in which it isn't linear
+            unit.skip("weight has no effect on scale")
+        else:
+            unit.skip("no affine layer")
+
+
+def _signature(module: nn.Module, call: Any) -> tuple[Any, ...] | None:
+    """What decides how a module uses its parameters: types, plain attributes, shapes; None if that can't be told."""
+    inputs = [(tuple(o.shape), o.dtype) if isinstance(o, Tensor) else o for o in tree_leaves(call)]
+    if any(m._forward_pre_hooks for m in module.modules()):  # they may make the weight
+        return None
+    internal = vars(nn.Module()).keys()
+    parts = [
+        (name, type(m), *((key, value) for key, value in sorted(vars(m).items()) if key not in internal))
+        for name, m in module.named_modules()
+    ]
+    shapes = [(name, tuple(p.shape)) for name, p in module.named_parameters()]
+    signature = (tuple(inputs), tuple(parts), tuple(shapes))
+    try:
+        hash(signature)
+    except TypeError:
+        return None
+    return signature

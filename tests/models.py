@@ -1,0 +1,345 @@
+"""A small zoo: models that are hard for layer-wise initialisation, and batches for them. Nothing of ours imported."""
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+import torchvision.models as tv
+from torch import nn
+
+# --- torchvision and fastai, at the smallest size that each can take -------------------------------------------------
+
+
+def xresnet18():
+    from fastai.vision.models.xresnet import xresnet18
+    return xresnet18(n_out=10)
+
+
+ARCHITECTURES = {  # name: (builder, side of the image, images)
+    'alexnet': (tv.alexnet, 96, 8), 'vgg11': (tv.vgg11, 64, 4), 'resnet18': (tv.resnet18, 64, 8),
+    'resnet50': (tv.resnet50, 64, 8), 'mobilenet_v2': (tv.mobilenet_v2, 64, 8), 'densenet121': (tv.densenet121, 64, 8),
+    'convnext_tiny': (tv.convnext_tiny, 64, 4), 'efficientnet_b0': (tv.efficientnet_b0, 64, 8),
+    'squeezenet1_1': (tv.squeezenet1_1, 64, 8), 'swin_t': (tv.swin_t, 64, 4),
+    'vit_b_32': (partial(tv.vit_b_32, image_size=64), 64, 4), 'xresnet18': (xresnet18, 64, 8)}
+
+
+def architecture(name, seed=0):
+    "The named architecture, freshly initialised, and a batch for it."
+    build, side, n = ARCHITECTURES[name]
+    torch.manual_seed(seed)
+    return build(), images(n, 3, side)
+
+
+def images(n=8, c=3, side=16, seed=1, dtype=torch.float32):
+    "Noise with a mean and a scale of its own, as images are before anyone normalises them."
+    return (torch.rand(n, c, side, side, generator=torch.Generator().manual_seed(seed)) * 2 + .3).to(dtype)
+
+
+def rows(n=64, d=10, seed=1, dtype=torch.float32):
+    return (torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) * 3 + 1).to(dtype)
+
+
+# --- plain nets ------------------------------------------------------------------------------------------------------
+
+
+def mlp(*sizes, act=nn.ReLU, bias=True, inplace=False):
+    layers = []
+    for n_in, n_out in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(n_in, n_out, bias=bias), act(inplace=True) if inplace else act()]
+    return nn.Sequential(*layers[:-1])
+
+
+def convnet(depth=4, width=8, act=partial(nn.ReLU, inplace=True), norm=None, drop=0., n_out=10, bias=True):
+    "Convolutions, activations that overwrite them, perhaps norms and dropout; a linear head."
+    layers = []
+    for i in range(depth):
+        layers.append(nn.Conv2d(width if i else 3, width, 3, padding=1, bias=bias))
+        if norm is not None: layers.append(norm(width))
+        layers.append(act())
+        if drop: layers.append(nn.Dropout(drop))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(width*4, n_out))
+
+
+class Residual(nn.Module):
+    "x + body(x), the sum overwritten by its activation."
+
+    def __init__(self, *body): super().__init__(); self.body = nn.Sequential(*body)
+    def forward(self, x): return F.relu_(x + self.body(x))
+
+
+class Backwards(nn.Module):
+    "Runs its layers in the reverse of the order in which they are registered."
+
+    def __init__(self, d=8):
+        super().__init__()
+        self.last, self.middle, self.first = nn.Linear(d, 3), nn.Linear(d, d), nn.Linear(10, d)
+
+    def forward(self, x): return self.last(F.relu_(self.middle(F.relu_(self.first(x)))))
+
+
+class TwoInputs(nn.Module):
+    "Takes (a, b), positionally or by keyword; gives out a dict."
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(10, 6), nn.Linear(4, 6), nn.Linear(12, 2)
+
+    def forward(self, a, b, scale=1.):
+        h = torch.cat([self.a(a).relu_(), self.b(b) * scale], 1)
+        return {'logits': self.head(h), 'features': [h]}
+
+
+class Named(nn.Module):
+    "A layer inside that puts out `kind` of something: the first tensor counts."
+
+    def __init__(self, kind):
+        super().__init__()
+        self.fc, self.kind = nn.Linear(10, 8), kind
+
+    def forward(self, x):
+        y = self.fc(x)
+        return {'tuple': (y, x), 'dict': {'y': y, 'x': x}, 'nested': ({'deep': [y]}, x)}[self.kind]
+
+
+class Unpack(nn.Module):
+    def __init__(self, inner): super().__init__(); self.inner, self.head = inner, nn.Linear(8, 2)
+
+    def forward(self, x):
+        out = self.inner(x)
+        while not isinstance(out, torch.Tensor): out = next(iter(out.values())) if isinstance(out, dict) else out[0]
+        return self.head(out)
+
+
+# --- weights that belong to more than one ----------------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    "One linear layer called `n` times, a nonlinearity between."
+
+    def __init__(self, n=3, act=torch.relu):
+        super().__init__()
+        self.first, self.shared, self.last, self.n, self.act = nn.Linear(10, 8), nn.Linear(8, 8), nn.Linear(8, 3), n, act
+
+    def forward(self, x):
+        x = self.first(x)
+        for _ in range(self.n): x = self.shared(self.act(x))
+        return self.last(self.act(x))
+
+
+class TwoHeads(nn.Module):
+    "One layer applied to two inputs side by side (siamese): its calls do not feed each other."
+
+    def __init__(self):
+        super().__init__()
+        self.tower, self.head = nn.Linear(10, 8), nn.Linear(16, 3)
+
+    def forward(self, a, b): return self.head(torch.cat([self.tower(a), self.tower(b)], 1).relu())
+
+
+class TiedPair(nn.Module):
+    "Two linear layers with one weight; each has its own bias."
+
+    def __init__(self, d=8):
+        super().__init__()
+        self.first, self.a, self.b, self.last = nn.Linear(10, d), nn.Linear(d, d), nn.Linear(d, d), nn.Linear(d, 3)
+        self.b.weight = self.a.weight
+
+    def forward(self, x): return self.last(self.b(self.a(self.first(x).relu()).relu()).relu())
+
+
+class TiedDecoder(nn.Module):
+    "A language model's decoder tied to its embedding."
+
+    def __init__(self, vocab=30, d=8):
+        super().__init__()
+        self.embed, self.body, self.decoder = nn.Embedding(vocab, d), nn.Linear(d, d), nn.Linear(d, vocab)
+        self.decoder.weight = self.embed.weight
+
+    def forward(self, ids): return self.decoder(torch.tanh(self.body(self.embed(ids))))
+
+
+# --- units that no list of types knows -------------------------------------------------------------------------------
+
+
+class PlainLinear(nn.Module):
+    "What `nn.Linear` does, and no subclass of it: only the rule of what carries scale and shift can find it."
+
+    def __init__(self, n_in, n_out, bias=True):
+        super().__init__()
+        base = nn.Linear(n_in, n_out, bias=bias)
+        self.weight, self.bias = base.weight, base.bias
+
+    def forward(self, x): return F.linear(x, self.weight, self.bias)
+
+
+class Conv1D(nn.Module):
+    "Hugging Face's `Conv1D` of GPT-2: a linear layer with its weight the other way round."
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.weight, self.bias = nf, nn.Parameter(torch.empty(nx, nf)), nn.Parameter(torch.zeros(nf))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x): return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
+class Doubled(nn.Conv2d):
+    "A subclass with a forward of its own, still affine: twice the convolution and once its bias."
+
+    def forward(self, x): return 2 * self._conv_forward(x, self.weight, None) + self.bias[:, None, None]
+
+
+class Rectified(nn.Linear):
+    "A subclass with a forward of its own that is not affine."
+
+    def forward(self, x): return super().forward(x).relu()
+
+
+class Standardised(nn.Conv2d):
+    "Weight standardisation with a small epsilon: the weight's scale has no effect."
+
+    def forward(self, x):
+        w = self.weight
+        w = (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 1e-6)
+        return self._conv_forward(x, w, self.bias)
+
+
+class Bilinear(nn.Module):
+    def __init__(self): super().__init__(); self.bi, self.head = nn.Bilinear(10, 10, 6), nn.Linear(6, 3)
+    def forward(self, x): return self.head(self.bi(x, x.flip(1)).relu())
+
+
+class Attention(nn.Module):
+    "Self-attention whose `out_proj` is applied functionally, its forward never called."
+
+    def __init__(self, d=16):
+        super().__init__()
+        self.embed, self.attn, self.head = nn.Linear(10, d), nn.MultiheadAttention(d, 4, batch_first=True), nn.Linear(d, 3)
+
+    def forward(self, x):
+        h = self.embed(x)
+        return self.head(h + self.attn(h, h, h)[0])
+
+
+def old_weight_norm(layer):
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning)
+        return nn.utils.weight_norm(layer)
+
+
+# --- forwards that misbehave -----------------------------------------------------------------------------------------
+
+
+class Stumble(nn.Module):
+    "Raises `error` at its `at`-th call."
+
+    def __init__(self, error, at=1): super().__init__(); self.error, self.at, self.calls = error, at, [0]
+
+    def forward(self, x):
+        self.calls[0] += 1
+        if self.calls[0] == self.at: raise self.error
+        return x
+
+
+class Picky(Exception):
+    "An exception that can't be built from a message alone."
+
+    def __init__(self, code, where): super().__init__(f'{code} at {where}'); self.code, self.where = code, where
+
+
+class Noisy(nn.Module):
+    "Samples in every mode, as a variational auto-encoder does."
+
+    def __init__(self): super().__init__(); self.mu, self.sigma, self.out = nn.Linear(10, 8), nn.Linear(10, 8), nn.Linear(8, 4)
+    def forward(self, x): return self.out(self.mu(x) + torch.randn(len(x), 8) * self.sigma(x))
+
+
+class Auxiliary(nn.Module):
+    "A head that runs in training only (inception, googlenet)."
+
+    def __init__(self): super().__init__(); self.body, self.aux, self.head = nn.Linear(10, 8), nn.Linear(8, 2), nn.Linear(8, 2)
+
+    def forward(self, x):
+        h = self.body(x).relu()
+        return (self.head(h), self.aux(h)) if self.training else self.head(h)
+
+
+# --- the course's layers (fast.ai part 2, 2019, notebook 07a_lsuv) ---------------------------------------------------
+
+
+class GeneralReLU(nn.Module):
+    def __init__(self, leak=None, sub=None, maxv=None):
+        super().__init__()
+        self.leak, self.sub, self.maxv = leak, sub, maxv
+
+    def forward(self, x):
+        x = F.leaky_relu(x, self.leak) if self.leak is not None else F.relu(x)
+        if self.sub is not None: x.sub_(self.sub)
+        if self.maxv is not None: x.clamp_max_(self.maxv)
+        return x
+
+
+class ConvLayer(nn.Module):
+    "The course's block: its bias is what its rectifier subtracts."
+
+    def __init__(self, ni, nf, ks=3, stride=2, sub=0., **kwargs):
+        super().__init__()
+        self.conv = nn.Conv2d(ni, nf, ks, padding=ks//2, stride=stride, bias=True)
+        self.relu = GeneralReLU(sub=sub, **kwargs)
+
+    def forward(self, x): return self.relu(self.conv(x))
+
+    @property
+    def bias(self): return -self.relu.sub
+    @bias.setter
+    def bias(self, v): self.relu.sub = -v
+    @property
+    def weight(self): return self.conv.weight
+
+
+def course_net(n_in=1, nfs=(8, 16, 32, 64, 64), n_out=10, **kwargs):
+    "`get_cnn_model` of the course."
+    sizes = [n_in, *nfs]
+    convs = [ConvLayer(a, b, 5 if i == 0 else 3, **kwargs) for i, (a, b) in enumerate(zip(sizes, sizes[1:]))]
+    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(sizes[-1], n_out))
+
+
+# --- all of the above that every guarantee is tried on ---------------------------------------------------------------
+
+ZOO = {  # name: (builder, batch), the batch as lsuv_ takes it
+    'mlp': (lambda: mlp(10, 16, 16, 3), lambda: rows()),
+    'mlp, in place': (lambda: mlp(10, 16, 16, 3, inplace=True), lambda: rows()),
+    'no biases': (lambda: mlp(10, 16, 16, 3, bias=False), lambda: rows()),
+    'convnet': (convnet, lambda: images()),
+    'batch norm, dropout': (lambda: convnet(norm=nn.BatchNorm2d, drop=.3), lambda: images()),
+    'group norm': (lambda: convnet(norm=partial(nn.GroupNorm, 2)), lambda: images()),
+    'residual': (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), *(Residual(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(inplace=True),
+                 nn.Conv2d(8, 8, 3, padding=1)) for _ in range(3)), nn.Flatten(), nn.LazyLinear(4)), lambda: images()),
+    'backwards': (Backwards, lambda: rows()),
+    'two inputs': (TwoInputs, lambda: (rows(), rows(d=4, seed=2))),
+    'by keyword': (TwoInputs, lambda: dict(b=rows(d=4, seed=2), a=rows(), scale=2.)),
+    'siamese': (TwoHeads, lambda: (rows(), rows(seed=2) * 3)),
+    'tied pair': (TiedPair, lambda: rows()),
+    'tied decoder': (TiedDecoder, lambda: torch.arange(60).reshape(6, 10) % 30),
+    'look-alike': (lambda: nn.Sequential(PlainLinear(10, 8), nn.ReLU(), PlainLinear(8, 3, bias=False)), lambda: rows()),
+    'gpt layers': (lambda: nn.Sequential(Conv1D(8, 10), nn.GELU(), Conv1D(3, 8)), lambda: rows()),
+    'bilinear': (Bilinear, lambda: rows()),
+    'attention': (Attention, lambda: rows().reshape(8, 8, 10)),
+    'weight norm': (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(10, 8)), nn.ReLU(),
+                                          nn.Linear(8, 3)), lambda: rows()),
+    'weight norm, old': (lambda: nn.Sequential(old_weight_norm(nn.Linear(10, 8)), nn.ReLU(), nn.Linear(8, 3)), lambda: rows()),
+    'noisy': (Noisy, lambda: rows()),
+    'auxiliary': (Auxiliary, lambda: rows()),
+    'course': (course_net, lambda: images(16, 1, 28))}
+
+
+def zoo(name, seed=0):
+    "A freshly made model of the zoo, its lazy layers made real, and its batch."
+    build, batch = ZOO[name]
+    torch.manual_seed(seed)
+    model, batch = build(), batch()
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+        with torch.no_grad(): model(batch)
+    return model, batch

@@ -1,0 +1,55 @@
+"""DESIGN section 8: imports run downwards only, and the rooms of the algorithm know nothing of fastai."""
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastai_lsuv
+
+PACKAGE = Path(fastai_lsuv.__file__).parent
+ORDER = ['stats', 'modules', 'probe', 'hooks', 'rehearsal', 'survey', 'lsuv', 'plots', 'report', 'batch', 'callback', 'demo']
+TORCH_ONLY = ORDER[:ORDER.index('lsuv') + 1]
+ROOMS = sorted(p.stem for p in PACKAGE.glob('*.py') if not p.stem.startswith('__'))
+
+
+def imports(room):
+    "Names of the modules that a room imports, wherever in its text; those under TYPE_CHECKING are for the type checker only."
+    tree = ast.parse((PACKAGE / f'{room}.py').read_text(encoding='utf-8'))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and 'TYPE_CHECKING' in ast.unparse(node.test): node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): yield from (a.name for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = '.'.join(filter(None, ['fastai_lsuv' if node.level else '', node.module or '']))
+            yield base
+            if base == 'fastai_lsuv': yield from (f'{base}.{a.name}' for a in node.names)
+
+
+def test_every_room_has_its_place(): assert set(ROOMS) == set(ORDER)
+
+
+@pytest.mark.parametrize('room', ROOMS)
+def test_imports_run_downwards(room):
+    ours = {name.split('.')[1] for name in imports(room) if name.startswith('fastai_lsuv.')}
+    above = set(ORDER[ORDER.index(room):])
+    assert not ours & above, f'{room} imports {ours & above}'
+
+
+@pytest.mark.parametrize('room', TORCH_ONLY)
+def test_the_algorithm_imports_no_fastai(room):
+    assert not {name for name in imports(room) if name.split('.')[0] in ('fastai', 'fastcore')}
+
+
+def test_plots_imports_nothing_of_ours(): assert not [n for n in imports('plots') if n.startswith('fastai_lsuv')]
+
+
+def test_importing_says_nothing_and_leaves_the_plotting_backend_alone():
+    code = ('import warnings; warnings.simplefilter("error", UserWarning); import fastai.vision.all, matplotlib; '
+            'import torch, random; before = random.getstate(), torch.get_rng_state().tolist(), matplotlib.get_backend(); '
+            'import fastai_lsuv; '
+            'assert before == (random.getstate(), torch.get_rng_state().tolist(), matplotlib.get_backend())')
+    done = subprocess.run([sys.executable, '-c', code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ''), done.stderr
+    assert 'fastai_lsuv' not in done.stderr
