@@ -8,14 +8,16 @@ from collections.abc import Callable
 from torch import Tensor
 
 from fastai_lsuv.options import Options
-from fastai_lsuv.solver import Anderson, Dial
+from fastai_lsuv.solver import Broyden, Dial
 from fastai_lsuv.stats import Moments
 from fastai_lsuv.units import Unit
 
-# A scaling by f must scale the std by f or nearly so. One that acts much less (tanh near its bounds, a residual branch,
-# a standardised weight) would go on for ever, to weights of nothing or without bound: a wrong answer.
+# The first step scales alone, by f; the std must follow by f^0.5 at least. One that follows much less (a residual
+# branch, a standardised weight) would be scaled for ever, to weights of nothing or without bound: a wrong answer.
 _LEAST_EFFECT = 0.5
 _NO_EFFECT = 0.05
+# What centring may then ask for. A bounded activation (tanh to std 1) would ask for more and more.
+_LARGEST_FACTOR = math.log(4.0)
 
 
 def one_sided(y: Tensor, seen: Moments) -> bool:
@@ -23,38 +25,45 @@ def one_sided(y: Tensor, seen: Moments) -> bool:
     return min(-float(y.min()), float(y.max())) < 0.5 * float(seen.std)
 
 
-def is_right(seen: Moments, options: Options, tol: float, centred: bool) -> bool:
-    """Whether mean (if it is to be `centred`) and std are as wanted, in every channel."""
+def error(seen: Moments, options: Options, centred: bool) -> float:
+    """How far the std, and the mean if it is to be `centred`, are from the wanted ones, in the worst channel."""
     off = 0.0 if options.std is None else float((seen.std - options.std).abs().max())
     if centred and options.mean is not None:
         off = max(off, float((seen.mean - options.mean).abs().max()))
-    return off <= tol
+    return off
+
+
+def is_right(seen: Moments, options: Options, tol: float, centred: bool) -> bool:
+    """Whether mean (if it is to be `centred`) and std are as wanted, in every channel."""
+    return error(seen, options, centred) <= tol
 
 
 def correct_block(unit: Unit, dial: Dial, seen: Moments, run: Callable[[], Moments], options: Options) -> None:
-    """Turn the dial until the output that `run` measures is as wanted, or until turning it no longer helps."""
-    anderson, tries = Anderson(), 0
-    while not is_right(seen, options, options.tol / 2, dial.shifts) and tries < options.max_iter:
-        here = dial.position
-        target = anderson.next(here, dial.image(seen))
+    """Turn the dial until the output that `run` measures is as wanted, or to where it is nearest."""
+    solver, best, centre = Broyden(), (math.inf, dial.position), 0.0
+    for tries in range(options.max_iter):
+        if is_right(seen, options, options.tol / 2, dial.shifts):
+            return
+        target = solver.next(dial.position, dial.image(seen))
         if tries == 0 and options.std is not None:
-            target[1:] = 0  # the scale alone first: does it do what a scale should?
+            target[1:] = 0
+            centre = float(target[0])
+        target[0] = target[0].clamp(centre - _LARGEST_FACTOR, centre + _LARGEST_FACTOR)
         dial.turn(target)
-        now, tries = run(), tries + 1
-        effect = _effect(float(target[0] - here[0]), seen, now)
-        if effect < _LEAST_EFFECT:
-            dial.turn(here) if tries > 1 else dial.reset()
-            if tries == 1 and abs(effect) < _NO_EFFECT:
+        before, seen = seen, run()
+        if tries == 0 and (effect := _effect(centre, before, seen)) < _LEAST_EFFECT:
+            dial.reset()
+            if abs(effect) < _NO_EFFECT:
                 unit.skip("weight has no effect on scale")
-                return
-            break
-        seen = now
-    unit.n_iter += tries
+            return
+        unit.n_iter += 1
+        best = min(best, (error(seen, options, dial.shifts), dial.position), key=lambda pair: pair[0])
+    dial.turn(best[1])
 
 
 def _effect(log_factor: float, before: Moments, after: Moments) -> float:
     """Exponent e in std_after = std_before * factor^e; 1 where the factor is too near 1 to tell."""
-    if abs(log_factor) < 0.1:
+    if abs(log_factor) < 0.02:
         return 1.0
     ratio = float(after.std / before.std)
     return math.log(ratio) / log_factor if ratio > 0 else 0.0

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from fastai_lsuv.block import correct_block, is_right, one_sided
+from fastai_lsuv.block import correct_block, error, one_sided
 from fastai_lsuv.hooks import hooked
 from fastai_lsuv.modules import is_known_affine
 from fastai_lsuv.options import Options
 from fastai_lsuv.probe import first_tensor
 from fastai_lsuv.rehearsal import Call, Rehearsal, copied
-from fastai_lsuv.solver import Anderson, Dial, correct
+from fastai_lsuv.solver import Broyden, Dial, correct
 from fastai_lsuv.stats import Moments, moments
 from fastai_lsuv.units import Unit
 
@@ -29,12 +30,13 @@ class Correction:
         self.units = {unit.module: unit for unit in units if not unit.status}
         self.inputs: dict[nn.Module, Call] = {}  # of blocks, which run again
         self.dials: dict[Unit, Dial] = {}  # of shared units
-        self.anderson = Anderson()
+        self.solver = Broyden()
+        self.best: tuple[float, list[Tensor]] = (math.inf, [])  # error and positions of the dials
 
     def run(self) -> None:
         """Make passes until every unit is settled, `max_iter` at most."""
-        for i in range(self.options.max_iter):
-            self.first_pass = i == 0
+        for i in range(self.options.max_iter + 1):
+            self.first_pass, self.last_turn = i == 0, i == self.options.max_iter - 1
             self.flags: dict[Unit, Tensor] = {}
             self.pooled: dict[Unit, Moments] = {}  # over the calls of each shared unit
             self.one_sided: dict[Unit, bool] = {}
@@ -42,7 +44,8 @@ class Correction:
             with hooked(dict.fromkeys(self.units, self._see), blocks):
                 self.rehearsal.forward()
             put_back = self._settle_singles()
-            if not self._turn_dials() and not put_back:
+            turned = i < self.options.max_iter and self._turn_dials()
+            if not turned and not put_back:
                 break
 
     def _keep_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -100,7 +103,7 @@ class Correction:
         shifts = unit.can_shift and (unit.shift is not None or not one_sided(y, seen))
         if unit.can_shift and not shifts and self.options.mean is not None:
             unit.reason = "one sign, mean kept"
-        dial = Dial(unit, self.options, self.rehearsal.undo, shifts)
+        dial = Dial(unit, self.options, self.rehearsal, shifts, seen)
         with self.rehearsal.replay(unit.module) as run:
             correct_block(unit, dial, seen, lambda: moments(_first(run(call))), self.options)
             return run(call) if unit.n_iter else None
@@ -125,16 +128,16 @@ class Correction:
         for unit, seen in shared.items():
             if unit not in self.dials:
                 shifts = unit.can_shift and (unit.shift is not None or not self.one_sided[unit])
-                self.dials[unit] = Dial(unit, self.options, self.rehearsal.undo, shifts, seen.mean.numel())
-        dials = [self.dials[unit] for unit in shared]
-        tol = self.options.tol / 2
-        if all(is_right(seen, self.options, tol, self.dials[u].shifts) for u, seen in shared.items()):
+                self.dials[unit] = Dial(unit, self.options, self.rehearsal, shifts, seen)
+        errors = [error(seen, self.options, self.dials[unit].shifts) for unit, seen in shared.items()]
+        if max(errors, default=0.0) <= self.options.tol / 2:
             return False
-        here = [dial.position for dial in dials]
-        image = [dial.image(seen) for dial, seen in zip(dials, shared.values(), strict=True)]
-        target = self.anderson.next(torch.cat(here), torch.cat(image))
-        for unit, dial, position in zip(shared, dials, target.split([len(p) for p in here]), strict=True):
-            dial.turn(position)
+        here = [self.dials[unit].position for unit in shared]
+        self.best = min(self.best, (max(errors), here), key=lambda pair: pair[0])
+        image = [self.dials[unit].image(seen) for unit, seen in shared.items()]
+        target = self.solver.next(torch.cat(here), torch.cat(image)).split([len(p) for p in here])
+        for unit, position in zip(shared, self.best[1] if self.last_turn else target, strict=True):
+            self.dials[unit].turn(position)
             unit.n_iter += 1
         return True
 

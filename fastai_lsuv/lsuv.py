@@ -120,7 +120,7 @@ def _observe(rehearsal: Rehearsal, units: list[Unit], options: Options) -> None:
 def _row(unit: Unit, options: Options) -> Row:
     if not unit.status:
         unit.status = _status(unit, options)
-    before, after = _numbers(unit.before), _numbers(unit.after)
+    before, after = _numbers(unit.before, options), _numbers(unit.after, options)
     return Row(
         unit.name, type(unit.module).__name__, unit.n_calls, *before, *after, unit.n_iter, unit.status, unit.reason
     )
@@ -147,8 +147,13 @@ def _rounding(unit: Unit) -> float:
     return 4 * unit.eps * ratio if unit.eps > _EPS_OF_HALF or ratio > _LARGE_RATIO else 0.0
 
 
-def _numbers(seen: Moments | None) -> tuple[float, float]:
+def _numbers(seen: Moments | None, options: Options) -> tuple[float, float]:
+    """Mean and std, of the channels those farthest from the wanted ones."""
     if seen is None:
         return float("nan"), float("nan")
-    pooled = seen.pooled()
-    return float(pooled.mean), float(pooled.std)
+    return _farthest(seen.mean, options.mean or 0.0), _farthest(seen.std, options.std or 1.0)
+
+
+def _farthest(values: Tensor, wanted: float) -> float:
+    values = values.reshape(-1)
+    return float(values[(values - wanted).abs().argmax()])

@@ -63,7 +63,7 @@ def plot_report(
 
     fig = _figure(width=min(max(8.0, 3 + 0.22 * len(frame)), 15.0), height=6.5)
     std_ax, mean_ax = fig.subplots(2, sharex=True)
-    _scale_std(std_ax, stds)
+    _scale_std(std_ax, stds, std)
     _scale_mean(mean_ax, means, center=mean or 0.0, unit=std or 1.0)
     for ax, values, wanted, label in ((std_ax, stds, std, "std"), (mean_ax, means, mean, "mean")):
         _curves(ax, values)
@@ -110,15 +110,15 @@ def _figure(width: float, height: float) -> Figure:
     return _DisplayedFigure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
-def _scale_std(ax: Axes, stds: pd.DataFrame) -> None:
+def _scale_std(ax: Axes, stds: pd.DataFrame, wanted: float | None = None) -> None:
     """Log where the values span more than a linear axis can show."""
-    shown = _finite(stds)
+    shown = np.append(_finite(stds), wanted or [])
     shown = shown[shown > 0]
     if shown.size and shown.max() > LOG_FROM * shown.min():
         ax.set_yscale("log", nonpositive="mask")
         ax.margins(y=0.1)  # room for the triangles
     else:
-        ax.set_ylim(0, 1.15 * shown.max(initial=1.0))
+        ax.set_ylim(0, 1.15 * shown.max(initial=0.0) or 1.0)
 
 
 def _scale_mean(ax: Axes, means: pd.DataFrame, center: float, unit: float) -> None:

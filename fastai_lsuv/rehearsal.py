@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -48,9 +49,17 @@ class ModuleState:
     def __init__(self, root: nn.Module) -> None:
         self.modules = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in root.modules()]
         self.values = [(b, b.clone(), b._version) for b in root.buffers()]
+        self.wanted: list[tuple[dict[str, Any], str, Any]] = []  # attributes that were changed on purpose
 
-    def restore(self) -> None:
-        """Put everything back; what has not changed is not touched."""
+    def adopt(self, change: Callable[[], None]) -> None:
+        """Make a change of attributes that later calls of `restore` leave in place."""
+        before = [dict(attributes) for attributes in self._attributes()]
+        change()
+        for now, old in zip(self._attributes(), before, strict=True):
+            self.wanted += [(now, key, value) for key, value in now.items() if old.get(key, self) is not value]
+
+    def restore(self, adopted: bool = True) -> None:
+        """Put everything back, but for adopted changes; what has not changed is not touched."""
         for module, attributes, parameters, buffers in self.modules:
             _put_back(vars(module), attributes)
             _put_back(module._parameters, parameters)
@@ -60,6 +69,11 @@ class ModuleState:
                 with torch.no_grad():
                     buffer.copy_(value)
                 self.values[i] = (buffer, value, buffer._version)
+        for attributes, key, value in self.wanted if adopted else ():
+            attributes[key] = value
+
+    def _attributes(self) -> list[dict[str, Any]]:
+        return [m.__dict__ for m, *_ in self.modules]
 
 
 def _put_back(current: dict[str, Any], saved: Mapping[str, Any]) -> None:
@@ -117,10 +131,12 @@ class Rehearsal:
         self.args, self.kwargs = as_call(batch)
         self.undo = Undo()
         self.n_forward = 0  # whole-model passes so far
+        self._states: list[ModuleState] = []  # of the model, and of a module that runs again
         self.replaying = False  # a single module is being run again: hooks must not count that as a call
 
     def __enter__(self) -> Rehearsal:
         self._random, self._state = RandomState(), ModuleState(self.model)
+        self._states = [self._state]
         self._norms = _norms_of_training(self.model)
         self._state.restore()
         self._singles = [
@@ -134,7 +150,7 @@ class Rehearsal:
         if error is not None:
             self.undo.rollback()
             name_module_at_work(error, self.model)
-        self._state.restore()
+        self._state.restore(adopted=error is None)
         self._random.restore()
         torch.clear_autocast_cache()  # the casts it holds are of weights that have changed
 
@@ -150,6 +166,13 @@ class Rehearsal:
             self.model(*self.args, **self.kwargs)
         self.n_forward += 1
 
+    def adopt(self, change: Callable[[], None]) -> None:
+        """Make a change of attributes, as `bias` properties do, that is to stay."""
+        inner, *outer = reversed(self._states)
+        for state in outer:
+            inner, change = state, partial(inner.adopt, change)
+        inner.adopt(change)
+
     @contextmanager
     def replay(self, module: nn.Module) -> Iterator[Callable[[Call], Any]]:
         """Run one module again, on inputs of choice, from the same random state each time.
@@ -158,6 +181,7 @@ class Rehearsal:
         """
         now, state = RandomState(), ModuleState(module)
         was, self.replaying = self.replaying, True
+        self._states.append(state)
 
         def run(call: Call) -> Any:
             state.restore()
@@ -170,6 +194,7 @@ class Rehearsal:
             yield run
         finally:
             self.replaying = was
+            self._states.pop()
             state.restore()
             now.restore()
 

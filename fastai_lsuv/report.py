@@ -26,7 +26,7 @@ class Row:
     name: str  # qualified name in the model, "" for the model itself
     type: str  # class name
     n_calls: int  # forward calls in one pass
-    mean_before: float  # of the untouched network on the batch, over all calls together
+    mean_before: float  # of the untouched network on the batch, over all calls; per channel: of the farthest channel
     std_before: float
     mean_after: float  # of a clean pass through the finished network
     std_after: float
@@ -88,7 +88,8 @@ class LSUVReport(Sequence[Row]):
         """One line: how many units, worst mean and std before → after, seconds, what was skipped and why."""
         done = [row for row in self.rows if row.status != "skipped"]
         only_measured = self.mean is None and self.std is None
-        parts = [f"LSUV: {len(done)} of {len(self.rows)} layers {'measured' if only_measured else 'right'}"]
+        right = [row for row in done if row.status != "not_converged"]
+        parts = [f"LSUV: {len(right)} of {len(self.rows)} layers {'measured' if only_measured else 'right'}"]
         if done:
             for what, wanted in (("mean", self.mean or 0.0), ("std", self.std or 1.0)):
                 judged = [row for row in done if what == "std" or not row.reason.endswith("mean kept")]

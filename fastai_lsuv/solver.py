@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastai_lsuv.options import Options
-from fastai_lsuv.rehearsal import Undo
+from fastai_lsuv.rehearsal import Rehearsal
 from fastai_lsuv.stats import Moments
 from fastai_lsuv.units import Unit
 
@@ -41,42 +41,46 @@ def _assign(parameter: Tensor, value: Tensor, factor: Tensor, offset: Tensor | N
 class Dial:
     """Scale and shift of a unit, relative to the weights that it had when the dial was made.
 
-    An affine unit's output becomes `scale` times what it was, plus `shift`. The position is the vector (log scale,
-    shift / wanted std), each one number or one a channel; without the second half where the mean stays.
+    An affine unit's output y becomes scale * (y + shift). The position is the vector (log scale, shift / first std),
+    each one number or one a channel; without the second half where the mean stays. In these coordinates the mean of
+    a unit with a homogeneous activation behind it (leaky ReLU) depends, but for a factor, on the second half alone.
     """
 
-    def __init__(self, unit: Unit, options: Options, undo: Undo, shifts: bool, channels: int = 1) -> None:
+    def __init__(self, unit: Unit, options: Options, rehearsal: Rehearsal, shifts: bool, seen: Moments) -> None:
         assert unit.carriers is not None
-        self.unit, self.options = unit, options
+        self.unit, self.options, self.adopt = unit, options, rehearsal.adopt
+        undo = rehearsal.undo
         self.shifts = shifts and options.mean is not None
         self.parameters = unit.carriers.parameters
         for p in self.parameters:
             undo.remember(p)
         self.first = [p.detach().clone() for p in self.parameters]
         self.first_shift: Any = undo.remember_value(unit, unit.shift.value, unit.shift.set) if unit.shift else None
-        self.position = torch.zeros((1 + self.shifts) * channels, dtype=torch.float64)
+        self.unit_of_shift = _vector(seen.std)
+        self.position = torch.zeros((1 + self.shifts) * seen.mean.numel(), dtype=torch.float64)
 
     def image(self, seen: Moments) -> Tensor:
         """The position that would be exact for an affine unit whose output now has these moments."""
-        mean, std = seen.mean.cpu().double().reshape(-1), seen.std.cpu().double().reshape(-1)
         scale, shift = self._scale_and_shift(self.position)
+        mean, std = _vector(seen.mean), _vector(seen.std)
         factor = self.options.std / std if self.options.std else torch.ones_like(std)
         log_scale = (scale * factor).log()
         if not self.shifts:
             return log_scale
         wanted_mean = self.options.mean or 0.0
-        return torch.cat([log_scale, (shift * factor + wanted_mean - factor * mean) / (self.options.std or 1.0)])
+        return torch.cat([log_scale, (shift + (wanted_mean / factor - mean) / scale) / self.unit_of_shift])
 
     def turn(self, position: Tensor) -> None:
         """Set scale and shift."""
         self.position = position
         scale, shift = self._scale_and_shift(position)
+        shift = scale * shift
         if len(scale) == 1:
             scale, shift = scale[0], shift[0]
         exposed = self.unit.shift
         correct(self.unit, scale, torch.zeros_like(shift) if exposed else shift, self.first)
         if exposed:
-            exposed.set(self.first_shift + float(shift))
+            self.adopt(partial(exposed.set, self.first_shift + float(shift)))
 
     def reset(self) -> None:
         """Back to the weights that the unit had when the dial was made, to the bit."""
@@ -85,32 +89,42 @@ class Dial:
             for p, value in zip(self.parameters, self.first, strict=True):
                 p.copy_(value)
         if self.unit.shift:
-            self.unit.shift.set(self.first_shift)
+            self.adopt(partial(self.unit.shift.set, self.first_shift))
 
     def _scale_and_shift(self, position: Tensor) -> tuple[Tensor, Tensor]:
         if not self.shifts:
             return position.exp(), torch.zeros_like(position)
         log_scale, shift = position.chunk(2)
-        return log_scale.exp(), shift * (self.options.std or 1.0)
+        return log_scale.exp(), shift * self.unit_of_shift
 
 
-class Anderson:
-    """Anderson's acceleration of a fixed-point iteration x = g(x) (J. ACM 1965; Walker & Ni 2011, eq. 2.2).
+def _vector(x: Tensor) -> Tensor:
+    return x.cpu().double().reshape(-1)
 
-    For one unknown it is the secant method; for several it learns from past steps how they act on each other.
+
+class Broyden:
+    """Broyden's method for a fixed point x = g(x) of which one step is nearly exact (Math. Comp. 1965, method 1).
+
+    The approximate inverse Jacobian of x - g(x) is kept as the identity and a sum of outer products, one a step. For
+    one unknown it is the secant method; for several it learns from past steps how they act on each other.
     """
 
-    def __init__(self, memory: int = 5) -> None:
-        self.xs: deque[Tensor] = deque(maxlen=memory + 1)
-        self.gs: deque[Tensor] = deque(maxlen=memory + 1)
+    def __init__(self) -> None:
+        self.products: list[tuple[Tensor, Tensor]] = []
+        self.last: tuple[Tensor, Tensor] | None = None
 
     def next(self, x: Tensor, g: Tensor) -> Tensor:
         """The point to try after `x`, whose image is `g` (float64 vectors on the CPU)."""
-        self.xs.append(x)
-        self.gs.append(g)
-        if len(self.xs) == 1:
-            return g
-        gs = torch.stack([*self.gs])
-        residuals = gs - torch.stack([*self.xs])
-        weights = torch.linalg.lstsq(residuals.diff(dim=0).T, residuals[-1], driver="gelsd").solution
-        return g - weights @ gs.diff(dim=0)
+        if self.last is not None:
+            moved, change = x - self.last[0], self.last[1] - (g - x)
+            expected = self._applied(change)
+            if (length := moved @ expected).abs() > 1e-12:
+                transposed = moved + sum((right * (left @ moved) for left, right in self.products), start=0.0)
+                self.products.append(((moved - expected) / length, transposed))
+        self.last = (x, g - x)
+        step = self._applied(g - x)
+        longest = 3 * (g - x).abs().max()  # a few steps alike say nothing of other directions: don't leap
+        return x + step * (longest / step.abs().max().clamp(min=1e-300)).clamp(max=1.0)
+
+    def _applied(self, v: Tensor) -> Tensor:
+        return v + sum((left * (right @ v) for left, right in self.products), start=0.0)

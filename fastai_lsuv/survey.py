@@ -77,10 +77,12 @@ class _Watch:
         self.order.append(module)
         if module not in self.found:
             self.found[module] = self._examine(module, (args, kwargs))
-        if module in self.excluded or not (module in self.wanted or self._is_layer(module)):
-            return
-        if (y := first_tensor(output)) is not None:
+        if self._is_judged(module) and (y := first_tensor(output)) is not None:
             self._measure(module, y)
+
+    def _is_judged(self, module: nn.Module) -> bool:
+        meant = module in self.wanted or (self.modules is None and self._is_layer(module))
+        return meant and module not in self.excluded and any_parameters(module)
 
     def _is_layer(self, module: nn.Module) -> bool:
         return self.found.get(module) is not None or isinstance(module, AFFINE_TYPES)

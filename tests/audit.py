@@ -45,7 +45,10 @@ class Record:
     def finite(self): return bool(np.isfinite(self.mean) and np.isfinite(self.m2))
 
     @property
-    def constant(self): return self.n > 1 and self.std <= 1e-6 * abs(self.mean)
+    def constant(self):
+        "Whether the output does not depend on the input: the same in every place, but for rounding."
+        if self.channel_n > 1: return bool((self.channel_std <= 1e-6 * self.channel_mean.abs()).all())
+        return self.n > 1 and self.std <= 1e-6 * abs(self.mean)
 
     def add(self, out):
         "Merge one call's output (Chan et al. 1979), in float64."
@@ -184,7 +187,7 @@ def fingerprint(model) -> dict:
         prints['param', name] = Is(p), bits(p)
         prints['requires_grad', name] = p.requires_grad, p.is_leaf
         prints['grad', name] = None if p.grad is None else (Is(p.grad), bits(p.grad))
-        prints['layout', name] = p.dtype, tuple(p.shape), None if bits(p) is type(p) else p.stride()
+        if not isinstance(p, UninitializedParameter): prints['layout', name] = p.dtype, tuple(p.shape), p.stride()
     for name, b in model.named_buffers(remove_duplicate=False): prints['buffer', name] = Is(b), bits(b)
     return prints
 

@@ -270,14 +270,16 @@ class Auxiliary(nn.Module):
 
 
 class GeneralReLU(nn.Module):
+    inplace = True  # as in the course; today's autograd refuses to go back through it
+
     def __init__(self, leak=None, sub=None, maxv=None):
         super().__init__()
         self.leak, self.sub, self.maxv = leak, sub, maxv
 
     def forward(self, x):
         x = F.leaky_relu(x, self.leak) if self.leak is not None else F.relu(x)
-        if self.sub is not None: x.sub_(self.sub)
-        if self.maxv is not None: x.clamp_max_(self.maxv)
+        if self.sub is not None: x = x.sub_(self.sub) if self.inplace else x - self.sub
+        if self.maxv is not None: x = x.clamp_max_(self.maxv) if self.inplace else x.clamp_max(self.maxv)
         return x
 
 

@@ -8,6 +8,7 @@ from checks import assert_exact
 from fastai.layers import flatten_model
 from models import (
     ConvLayer,
+    GeneralReLU,
     PlainLinear,
     Residual,
     Shared,
@@ -213,7 +214,8 @@ def test_the_course_s_layers_reach_mean_0_and_std_1(leak, init):
     assert all(isinstance(m.relu.sub, float) for m in net[:5]), 'a Python float has become something else'
 
 
-def test_the_course_s_layers_keep_on_training():
+def test_the_course_s_layers_keep_on_training(monkeypatch):
+    monkeypatch.setattr(GeneralReLU, 'inplace', False)
     net, x = course_net(), images(32, 1, 28)
     params = list(net.parameters())
     lsuv_(net, x, modules=nn.Module.children)

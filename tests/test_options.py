@@ -1,4 +1,6 @@
 """Every option, and every form of `modules` and `exclude` (DESIGN section 2)."""
+from functools import partial
+
 import pytest
 import torch
 from audit import audit, fingerprint, moved, outputs_of, parameter_bits, rng_print
@@ -80,15 +82,18 @@ def test_what_is_there_already_is_unchanged():
 # --- per_channel --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('layer,shape', [
-    (nn.Linear(10, 6), (64, 10)), (nn.Linear(10, 6), (8, 5, 10)), (nn.Conv1d(4, 6, 3), (6, 4, 12)),
-    (nn.Conv2d(4, 6, 3, groups=2), (6, 4, 9, 9)), (nn.Conv2d(4, 8, 3, groups=4), (6, 4, 9, 9)), (nn.Conv3d(4, 6, 3), (6, 4, 6, 6, 6)),
-    (nn.ConvTranspose1d(4, 6, 3), (6, 4, 12)), (nn.ConvTranspose2d(4, 6, 3, groups=2), (6, 4, 9, 9)),
-    (nn.ConvTranspose2d(4, 8, 3, groups=4), (6, 4, 9, 9)), (nn.ConvTranspose3d(4, 6, 3), (6, 4, 6, 6, 6))],
-    ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else str(len(v)))
-@pytest.mark.parametrize('after', [nn.ReLU(inplace=True), nn.Identity()], ids=['in place', 'plain'])
+CHANNELS = [
+    (partial(nn.Linear, 10, 6), (64, 10)), (partial(nn.Linear, 10, 6), (8, 5, 10)), (partial(nn.Conv1d, 4, 6, 3), (6, 4, 12)),
+    (partial(nn.Conv2d, 4, 6, 3, groups=2), (6, 4, 9, 9)), (partial(nn.Conv2d, 4, 8, 3, groups=4), (6, 4, 9, 9)),
+    (partial(nn.Conv3d, 4, 6, 3), (6, 4, 6, 6, 6)), (partial(nn.ConvTranspose1d, 4, 6, 3), (6, 4, 12)),
+    (partial(nn.ConvTranspose2d, 4, 6, 3, groups=2), (6, 4, 9, 9)), (partial(nn.ConvTranspose2d, 4, 8, 3, groups=4), (6, 4, 9, 9)),
+    (partial(nn.ConvTranspose3d, 4, 6, 3), (6, 4, 6, 6, 6))]
+
+
+@pytest.mark.parametrize(('layer', 'shape'), CHANNELS, ids=lambda v: v.func.__name__ if isinstance(v, partial) else str(len(v)))
+@pytest.mark.parametrize('after', [partial(nn.ReLU, inplace=True), nn.Identity], ids=['in place', 'plain'])
 def test_each_channel_by_itself(layer, shape, after):
-    net, x = nn.Sequential(layer, after), torch.randn(shape) * 3 + 1
+    net, x = nn.Sequential(layer(), after()), torch.randn(shape) * 3 + 1
     report = lsuv_(net, x, per_channel=True, mean=.5, std=2.)
     assert corrected(report) == ['0'] and report.n_forward == 3
     r = audit(net, x)[0]

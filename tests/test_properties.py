@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from audit import audit, differences, fingerprint, moved, outputs_of, parameter_bits, rng_print
 from checks import assert_exact
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import PlainLinear
 from torch import nn
@@ -51,6 +51,12 @@ class Tap(nn.Module):
         return x
 
 
+class Case(tuple):
+    "A network and its batch, printed so that a failure can be read."
+
+    def __repr__(self): return f'{self[0]} on {self[1].dtype} {tuple(self[1].shape)}, {self[1].mean():.3g} ± {self[1].std():.3g}'
+
+
 @st.composite
 def nets(draw, dtypes=(torch.float32, torch.float64)):
     "A network of random depth and shape, on images or on rows, and a batch for it."
@@ -63,7 +69,8 @@ def nets(draw, dtypes=(torch.float32, torch.float64)):
     net = nn.Sequential(layer(draw, conv, WIDTH), Tap(), *body, Tap(), *head)
     dtype = draw(st.sampled_from(dtypes))
     x = torch.randn(8, WIDTH, 6, 6) if conv else torch.randn(32, WIDTH)
-    return net.to(dtype).train(draw(st.booleans())), (x * draw(st.sampled_from([.01, 1., 50.])) + draw(st.sampled_from([0., 1.]))).to(dtype)
+    x = x * draw(st.sampled_from([.01, 1., 50.])) + draw(st.sampled_from([0., 1.]))
+    return Case((net.to(dtype).train(draw(st.booleans())), x.to(dtype)))
 
 
 def layer(draw, conv, n_in):
@@ -97,7 +104,6 @@ def sharing(net, x): return [r.name for r in audit(net, x) if r.n_calls > 1]
 @given(nets())
 def test_exact_at_the_end_and_nothing_else_moved(case):
     net, x = case
-    note(repr(net))
     before, bits, rng = fingerprint(net), parameter_bits(net), rng_print()
     report = lsuv_(net, x, max_iter=20)
     norms = [n for n, m in net.named_modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm))]
@@ -171,7 +177,7 @@ def test_a_second_run_finds_nothing_to_do(case):
     first = lsuv_(net, x, max_iter=20)
     bits, settled = parameter_bits(net), first.converged
     again = lsuv_(net, x, max_iter=20)
-    if settled: assert not moved(bits, net) and not [row for row in again if row.status == 'corrected']
+    if settled: assert not moved(bits, net) and not [row for row in again if row.status == 'corrected'], f'{first}\n{again}'
     assert [row.name for row in again] == [row.name for row in first]
 
 

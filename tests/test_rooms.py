@@ -9,8 +9,9 @@ import pytest
 import fastai_lsuv
 
 PACKAGE = Path(fastai_lsuv.__file__).parent
-ORDER = ['stats', 'modules', 'probe', 'hooks', 'rehearsal', 'survey', 'lsuv', 'plots', 'report', 'batch', 'callback', 'demo']
-TORCH_ONLY = ORDER[:ORDER.index('lsuv') + 1]
+ORDER = ['stats', 'modules', 'options', 'probe', 'hooks', 'rehearsal', 'units', 'survey', 'solver', 'block', 'correction',
+         'plots', 'report', 'lsuv', 'evidence', 'batch', 'callback', 'demo']
+TORCH_ONLY = ORDER[:ORDER.index('correction') + 1] + ['lsuv']
 ROOMS = sorted(p.stem for p in PACKAGE.glob('*.py') if not p.stem.startswith('__'))
 
 

@@ -285,11 +285,11 @@ def test_options_reach_the_algorithm(make):
     for r in spy.audits[0][:2]: assert (r.std, r.mean) == (pytest.approx(.5, abs=1e-3), pytest.approx(.25, abs=1e-3))
 
 
-def test_training_is_reproducible_with_it(make):
+def test_training_is_reproducible_with_it(tmp_path):
     ends = []
     for _ in range(2):
-        set_seed(7, reproducible=False)
-        learn = make(cbs=LSUVCallback())
+        set_seed(7)
+        learn = learner(digits(), path=tmp_path, cbs=LSUVCallback())
         learn.fit(1)
         ends.append(parameter_bits(learn.model))
     assert ends[0] == ends[1]
