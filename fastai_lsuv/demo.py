@@ -101,7 +101,7 @@ def main(
     """
     args = _parser().parse_args(argv)
     learners = []
-    for run, cbs in zip(RUNS, ([], [LSUVCallback()]), strict=True):
+    for run, cbs in zip(RUNS, ([], [LSUVCallback(verbose=False)]), strict=True):
         print(f"\n{run}: {args.depth} layers, {args.act}, fit_one_cycle({args.epochs}, {args.lr:g})")
         learners.append(_train(args, cbs))
 

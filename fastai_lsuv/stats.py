@@ -50,13 +50,6 @@ class Moments:
         delta = other.mean - self.mean
         return Moments(n, self.mean + delta * (other.n / n), self.m2 + other.m2 + delta**2 * (self.n * other.n / n))
 
-    def pooled(self) -> Moments:
-        """Moments of all channels together."""
-        if self.mean.dim() == 0:
-            return self
-        mean = self.mean.mean()
-        return Moments(self.n * len(self.mean), mean, self.m2.sum() + self.n * (self.mean - mean).square().sum())
-
 
 def moments(x: Tensor, channel_dim: int | None = None) -> Moments:
     """Moments of all values of `x`, or of each channel if `channel_dim` is given.

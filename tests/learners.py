@@ -60,7 +60,7 @@ def learner(dls=None, model=None, path='.', **kwargs):
 
 def seed(n):
     random.seed(n)
-    np.random.seed(n)  # noqa: NPY002 (the stream that fastai and its users draw from)
+    np.random.seed(n)
     torch.manual_seed(n)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from audit import audit, differences, fingerprint, outputs_of, parameter_bits, rng_print
 from checks import assert_exact
-from models import ARCHITECTURES, architecture
+from zoo import ARCHITECTURES, architecture
 
 from fastai_lsuv import lsuv_
 

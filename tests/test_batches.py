@@ -26,7 +26,7 @@ class Jittered(tud.Dataset):
     def __len__(self): return self.n
 
     def __getitem__(self, i):
-        noise = random.random() + np.random.rand() + torch.rand(1, 8, 8)  # noqa: NPY002 (users draw from it)
+        noise = random.random() + np.random.rand() + torch.rand(1, 8, 8)
         return self.x[i] + noise, i % 10
 
 

@@ -3,10 +3,11 @@ import warnings
 
 import pytest
 import torch
-from audit import audit, bits, differences, fingerprint, moved, parameter_bits, rng_print, rng_state, set_rng_state
+from audit import bits, differences, fingerprint, moved, parameter_bits, rng_print, rng_state, set_rng_state
 from checks import assert_exact, row_values
-from models import ZOO, Auxiliary, Shared, convnet, images, mlp, rows, zoo
+from models import Auxiliary, Shared, convnet, images, mlp, rows
 from torch import nn
+from zoo import ZOO, zoo
 
 from fastai_lsuv import lsuv_
 

@@ -11,7 +11,7 @@ import fastai_lsuv
 PACKAGE = Path(fastai_lsuv.__file__).parent
 ORDER = ['stats', 'modules', 'options', 'probe', 'hooks', 'rehearsal', 'units', 'survey', 'solver', 'block', 'correction',
          'plots', 'report', 'lsuv', 'evidence', 'batch', 'callback', 'demo']
-TORCH_ONLY = ORDER[:ORDER.index('correction') + 1] + ['lsuv']
+NO_FASTAI = [*ORDER[:ORDER.index('correction') + 1], 'lsuv']
 ROOMS = sorted(p.stem for p in PACKAGE.glob('*.py') if not p.stem.startswith('__'))
 
 
@@ -38,7 +38,7 @@ def test_imports_run_downwards(room):
     assert not ours & above, f'{room} imports {ours & above}'
 
 
-@pytest.mark.parametrize('room', TORCH_ONLY)
+@pytest.mark.parametrize('room', NO_FASTAI)
 def test_the_algorithm_imports_no_fastai(room):
     assert not {name for name in imports(room) if name.split('.')[0] in ('fastai', 'fastcore')}
 

@@ -261,12 +261,9 @@ def test_one_summary_line_says_it_all(make, capsys):
     line, = fit_lines(capsys)
     report = learn.lsuv_report
     assert re.search(r'\b2\b.*\b4\b', line), 'how many of how many units'
-    assert 'mean' in line
-    assert 'std' in line
-    assert '→' in line
+    assert re.search('mean.*→.*std.*→', line)
     assert f'{report.seconds:.1f}' in line or f'{report.seconds:.2f}' in line
-    assert '0.0' in line
-    assert 'frozen' in line
+    assert re.search('frozen.*0.0', line)
 
 
 def test_silent_when_asked(make, capsys):
