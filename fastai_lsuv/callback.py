@@ -70,7 +70,7 @@ class LSUVCallback(Callback):
         if signs := self._signs(learn):
             self._say_once(f"LSUV: not run, because {signs[0]}; learn.lsuv_init() would do it all the same")
         else:
-            self.report = learn.lsuv_init(self.batch, **self.options)
+            self.report = learn.lsuv_report = learn.lsuv_init(self.batch, **self.options)
             self._say(self.report.summary())
         self._stop_watching()
 
@@ -119,8 +119,10 @@ def lsuv_init(
     **kwargs: Any,
 ) -> LSUVReport:
     """Initialise the model by LSUV now, whatever state it is in; see `lsuv_`. The report is in `lsuv_report`, too."""
-    self.lsuv_report = lsuv_(self.model, inputs_of(self, batch), **kwargs)
-    return self.lsuv_report
+    report = lsuv_(self.model, inputs_of(self, batch), **kwargs)
+    if not Options(**kwargs).only_measures:  # a diagnosis is no initialisation
+        self.lsuv_report = report
+    return report
 
 
 def _has_had_lsuv(learn: Learner) -> bool:

@@ -38,8 +38,8 @@ def signs_of_training(learn: Learner) -> Iterator[str]:
 def _has_stepped(opt: Any) -> bool:
     """Whether an optimizer (fastai's, or PyTorch's in an OptimWrapper) holds anything that only a step makes."""
     flags = {"do_wd", "force_train"}  # set by the Learner beforehand
-    states = getattr(opt, "state", None) or {}
-    return any(key not in flags for state in states.values() for key in state)
+    states = [getattr(o, "state", None) or {} for o in (opt, getattr(opt, "opt", None))]
+    return any(key not in flags for state in states for of_parameter in state.values() for key in of_parameter)
 
 
 def _norm_weight(module: nn.Module) -> torch.Tensor | None:

@@ -71,6 +71,8 @@ def lsuv_(
 
 
 def _check(model: nn.Module, batch: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r}: expected a torch.nn.Module")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise ValueError(f"{name!r} is lazy and not initialised yet: send a batch through the model first")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +27,10 @@ class Options:
     max_iter: int = 10
 
     def __post_init__(self) -> None:
+        for name in ("mean", "std", "tol", "max_iter"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) and not (value is None and name in ("mean", "std")):
+                raise TypeError(f"{name}={value!r}: expected a number")
         if self.mean is not None and not math.isfinite(self.mean):
             raise ValueError(f"mean={self.mean!r}: expected a finite number, or None to leave means alone")
         if self.std is not None and not 0 < self.std < math.inf:

@@ -170,8 +170,9 @@ class _Probe:
         if self._depends_on_input({weight: zero}):
             return False
         value = _nonzero(weight)
-        off, once, other = (self._with({weight: v}) for v in (zero, value, -2 * value))
-        return not self._same(once, off) and self._same(other - off, -2 * (once - off))
+        factor = -0.7  # a sign and a fraction: neither a homogeneous nor a rounded function passes for linear
+        off, once, other = (self._with({weight: v}) for v in (zero, value, factor * value))
+        return not self._same(once, off) and self._same(other - off, factor * (once - off))
 
     def _with_shift(self, weight: Tensor) -> Carriers | None:
         """Carriers with this weight, if nothing but a shift is left when it is zero."""

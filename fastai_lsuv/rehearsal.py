@@ -48,7 +48,7 @@ class ModuleState:
 
     def __init__(self, root: nn.Module) -> None:
         self.modules = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in root.modules()]
-        self.values = [(b, b.clone(), b._version) for b in root.buffers()]
+        self.values = [(buffer, buffer.clone()) for buffer in root.buffers()]
         self.wanted: list[tuple[dict[str, Any], str, Any]] = []  # attributes that were changed on purpose
 
     def adopt(self, change: Callable[[], None]) -> None:
@@ -59,16 +59,14 @@ class ModuleState:
             self.wanted += [(now, key, value) for key, value in now.items() if old.get(key, self) is not value]
 
     def restore(self, adopted: bool = True) -> None:
-        """Put everything back, but for adopted changes; what has not changed is not touched."""
+        """Put everything back, but for adopted changes."""
         for module, attributes, parameters, buffers in self.modules:
             _put_back(vars(module), attributes)
             _put_back(module._parameters, parameters)
             _put_back(module._buffers, buffers)
-        for i, (buffer, value, version) in enumerate(self.values):
-            if buffer._version != version:
-                with torch.no_grad():
-                    buffer.copy_(value)
-                self.values[i] = (buffer, value, buffer._version)
+        with torch.no_grad():  # batch norm updates its statistics without a trace in their `_version`
+            for buffer, value in self.values:
+                buffer.copy_(value)
         for attributes, key, value in self.wanted if adopted else ():
             attributes[key] = value
 
@@ -128,7 +126,7 @@ class Rehearsal:
 
     def __init__(self, model: nn.Module, batch: Any) -> None:
         self.model = model
-        self.args, self.kwargs = as_call(batch)
+        self.call = as_call(batch)
         self.undo = Undo()
         self.n_forward = 0  # whole-model passes so far
         self._states: list[ModuleState] = []  # of the model, and of a module that runs again
@@ -162,8 +160,9 @@ class Rehearsal:
         for norm in self._norms:
             norm.training = True
         torch.clear_autocast_cache()
+        args, kwargs = copied(self.call)
         with torch.no_grad():
-            self.model(*self.args, **self.kwargs)
+            self.model(*args, **kwargs)
         self.n_forward += 1
 
     def adopt(self, change: Callable[[], None]) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 import fastai_lsuv  # noqa: F401
 
 matplotlib.use('Agg')
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are small, and other people use these cores too
 
 REGISTER = ('register_forward_hook', 'register_forward_pre_hook', 'register_full_backward_hook',
             'register_full_backward_pre_hook', 'register_backward_hook')

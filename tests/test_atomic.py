@@ -44,7 +44,7 @@ def test_bad_options_of_the_callback_are_refused_at_once(option):
 
 
 @pytest.mark.parametrize('which', ['modules', 'exclude'])
-@pytest.mark.parametrize('pattern,nearest', [('layr1', 'layer1'), ('*.convv', 'layer1.conv'), (['layer2.*', 'layer3.cnv'], 'layer3.conv')])
+@pytest.mark.parametrize('pattern,nearest', [('layr1', 'layer1'), ('*.convv', '.conv'), (['layer2.*', 'layer3.cnv'], 'layer3.conv')])
 def test_a_pattern_that_matches_nothing_names_the_nearest(which, pattern, nearest):
     net = Chain({f'layer{i}': nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 3, 1))) for i in (1, 2, 3)})
     with untouched(net), pytest.raises(ValueError) as e: lsuv_(net, images(), **{which: pattern})
@@ -146,9 +146,10 @@ def test_a_wrong_batch_names_the_first_layer():
     with untouched(net), pytest.raises(RuntimeError, match='0'): lsuv_(net, rows(d=7))
 
 
-@pytest.mark.parametrize('error', [RuntimeError('bad init'), KeyboardInterrupt()], ids=repr)
-def test_an_init_that_raises(error):
-    done = []
+@pytest.mark.parametrize('make', [lambda: RuntimeError('bad init'), lambda: Picky(3, 'init'), KeyboardInterrupt],
+                         ids=['message', 'its own', 'interrupt'])
+def test_an_init_that_raises(make):
+    done, error = [], make()
     def init(w):
         if done: raise error
         done.append(nn.init.orthogonal_(w))

@@ -177,7 +177,7 @@ def test_residual_blocks():
 
 
 def test_a_block_without_an_affine_layer_says_so():
-    net = nn.Sequential(nn.Sequential(nn.ReLU(), nn.MaxPool1d(2)), nn.Linear(5, 3))
+    net = nn.Sequential(nn.Sequential(nn.PReLU(), nn.MaxPool1d(2)), nn.Linear(5, 3))
     row = lsuv_(net, rows(), modules=['0', '1'])['0']
     assert (row.status, row.reason) == ('skipped', 'no affine layer')
 

@@ -195,8 +195,9 @@ def test_weight_standardisation_is_left_alone(conv):
     assert_true_reason(net, x, row, audit(net, x)[-1])
 
 
-def test_spectral_norm_is_left_alone():
-    net, x = nn.Sequential(parametrizations.spectral_norm(nn.Linear(10, 8))), rows()
+@pytest.mark.parametrize('norm', [parametrizations.spectral_norm, parametrizations.orthogonal])
+def test_weights_whose_scale_is_fixed_are_left_alone(norm):
+    net, x = nn.Sequential(norm(nn.Linear(10, 8))), rows()
     bits = parameter_bits(net)
     row = lsuv_(net, x)[0]
     assert (row.status, row.reason) == ('skipped', 'weight has no effect on scale') and not moved(bits, net)

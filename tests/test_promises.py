@@ -5,6 +5,7 @@ import pytest
 import torch
 from audit import bits, differences, fingerprint, moved, parameter_bits, rng_print, rng_state, set_rng_state
 from checks import assert_exact, row_values
+from fastai.vision.core import TensorImage
 from models import Auxiliary, Shared, convnet, images, mlp, rows
 from torch import nn
 from zoo import ZOO, zoo
@@ -104,6 +105,29 @@ def test_an_optimizer_made_before_trains_every_parameter():
     net(x).square().mean().backward()
     opt.step()
     assert moved(b, net) == set(b)
+
+
+@pytest.mark.parametrize('hook', [lambda m, a, out: out * 2 + 1, lambda m, a, out: out.mul_(3).relu_(), lambda m, a, out: None],
+                         ids=['replaces', 'overwrites', 'looks'])
+@pytest.mark.parametrize('prepend', [True, False])
+def test_a_hook_of_the_users_on_a_layer(hook, prepend):
+    "Whatever it does to the output, what counts is what the layer itself puts out; and it stays where it was."
+    net, x = convnet(), images()
+    net[2].register_forward_hook(hook, prepend=prepend)
+    before, kept = parameter_bits(net), fingerprint(net)
+    report = lsuv_(net, x)
+    assert_exact(net, x, report, before)
+    assert not differences(kept, fingerprint(net), but=set(before))
+
+
+def test_a_tensor_of_a_class_of_its_own():
+    "fastai's images keep their class through the network; weights never take it on."
+    net, x = convnet(), TensorImage(images())
+    before, kept = parameter_bits(net), fingerprint(net)
+    report = lsuv_(net, x)
+    assert_exact(net, x, report, before)
+    assert not differences(kept, fingerprint(net), but=set(before))
+    assert all(type(p) is nn.Parameter and type(p.data) is torch.Tensor for p in net.parameters())
 
 
 def test_the_batch_is_left_as_it_was():

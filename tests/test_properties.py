@@ -12,7 +12,7 @@ from torch import nn
 
 from fastai_lsuv import lsuv_
 
-TRY = settings(deadline=None, max_examples=60, derandomize=True, suppress_health_check=list(HealthCheck))
+TRY = settings(deadline=None, max_examples=100, derandomize=True, suppress_health_check=list(HealthCheck))
 WIDTH = 6
 ACTS = {'relu': F.relu, 'relu_': lambda x: F.relu_(x), 'tanh': torch.tanh, 'gelu': F.gelu, 'leaky_': lambda x: F.leaky_relu_(x, .1),
         'mul_': lambda x: x.mul_(.5).add_(.1), 'none': lambda x: x}
