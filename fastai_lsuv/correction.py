@@ -38,14 +38,16 @@ class Correction:
         for i in range(self.options.max_iter + 1):
             self.first_pass, self.last_turn = i == 0, i == self.options.max_iter - 1
             self.flags: dict[Unit, Tensor] = {}
+            self.hopeless: dict[Unit, str] = {}  # in this pass: the next one may see other inputs
             self.pooled: dict[Unit, Moments] = {}  # over the calls of each shared unit
             self.one_sided: dict[Unit, bool] = {}
             blocks = {m: self._keep_input for m, unit in self.units.items() if unit.is_block and not unit.is_shared}
             with hooked(dict.fromkeys(self.units, self._see), blocks):
                 self.rehearsal.forward()
-            put_back = self._settle_singles()
-            turned = i < self.options.max_iter and self._turn_dials()
-            if not turned and not put_back:
+            self._read_flags()
+            if i < self.options.max_iter and self._turn_dials():
+                continue
+            if not self._settle():
                 break
 
     def _keep_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -55,7 +57,7 @@ class Correction:
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: measure, correct, and hand on what the corrected unit would have put out."""
         y, unit = first_tensor(output), self.units.get(module)
-        if self.rehearsal.replaying or y is None or unit is None:
+        if self.rehearsal.replaying or y is None or unit is None or unit.status:
             return None
         if unit.is_shared:
             return self._shared(unit, output, y)
@@ -71,17 +73,21 @@ class Correction:
         self.flags[unit] = step.flags
         return _affine(unit, y, step)
 
-    def _settle_singles(self) -> bool:
-        """Read all flags at once; returns whether a unit was put back, so that those behind it saw a wrong input."""
-        put_back = False
+    def _read_flags(self) -> None:
+        """Read the flags of all single steps at once: the only wait for the device."""
         flags = torch.stack([*self.flags.values()]).tolist() if self.flags else []
-        for unit, (changed, constant, not_finite) in zip(self.flags, flags, strict=True):
-            unit.n_iter += changed
+        for unit, (changed, constant, not_finite, ratio) in zip(self.flags, flags, strict=True):
+            unit.n_iter += int(changed)
+            unit.ratio = ratio
             if not_finite or (constant and not changed):
-                put_back |= self._skip(unit, "non-finite output" if not_finite else "constant output")
+                self.hopeless[unit] = "non-finite output" if not_finite else "constant output"
             elif constant:
                 unit.reason = "constant output"  # in some channels
-        return put_back
+
+    def _settle(self) -> bool:
+        """Skip what could not be corrected; returns whether a unit was put back, so that those behind it are off."""
+        put_back = [self._skip(unit, reason) for unit, reason in self.hopeless.items()]
+        return any(put_back)
 
     def _skip(self, unit: Unit, reason: str) -> bool:
         """Put a unit back to its first weights; returns whether it had others."""
@@ -98,7 +104,7 @@ class Correction:
         seen = moments(y)
         call = self.inputs.pop(unit.module)
         if not bool(seen.std.isfinite()) or not bool(seen.std > 0):
-            self._skip(unit, "constant output" if seen.std.isfinite() else "non-finite output")
+            self.hopeless[unit] = "constant output" if seen.std.isfinite() else "non-finite output"
             return None
         shifts = unit.can_shift and (unit.shift is not None or not one_sided(y, seen))
         if unit.can_shift and not shifts and self.options.mean is not None:
@@ -111,13 +117,16 @@ class Correction:
     # a unit that is called several times: judged over all its calls, turned between passes
 
     def _shared(self, unit: Unit, output: Any, y: Tensor) -> Any:
-        if self.first_pass and unit not in self.pooled and not unit.is_block:
+        if self.first_pass and unit not in self.pooled and not unit.is_block and not self._was_right(unit):
             y, first = self._single(unit, y), y  # a good start for the calls that follow
             output = _with_first(output, first, y)
         now = moments(y, unit.channel_dim(y, self.options.per_channel))
         self.pooled[unit] = self.pooled[unit].merge(now) if unit in self.pooled else now
         self.one_sided[unit] = unit.is_block and one_sided(y, now) and self.one_sided.get(unit, True)
         return output
+
+    def _was_right(self, unit: Unit) -> bool:
+        return unit.before is not None and error(unit.before, self.options, unit.can_shift) <= self.options.tol / 2
 
     def _turn_dials(self) -> bool:
         """Turn the dials of all shared units together, unless all are right; returns whether they were turned."""
@@ -147,7 +156,7 @@ class Step(NamedTuple):
 
     scale: Tensor
     shift: Tensor
-    flags: Tensor  # of any channel: changed, constant, not finite
+    flags: Tensor  # changed, constant, not finite: each for any channel; and the largest |mean| / std
 
 
 def one_step(unit: Unit, y: Tensor, options: Options) -> Step:
@@ -166,7 +175,8 @@ def one_step(unit: Unit, y: Tensor, options: Options) -> Step:
     change = finite & ~constant & ~near
     scale = std / seen.std if std is not None else torch.ones_like(seen.std)
     shift = mean - scale * seen.mean if shifts else torch.zeros_like(seen.mean)
-    flags = torch.stack([change.any(), constant.any(), ~finite.all()])
+    ratio = (seen.mean.abs() / seen.std).max()
+    flags = torch.stack([change.any().to(ratio), constant.any().to(ratio), (~finite.all()).to(ratio), ratio])
     return Step(torch.where(change, scale, 1.0), torch.where(change, shift, 0.0), flags)
 
 
@@ -179,9 +189,9 @@ def is_constant(unit: Unit, y: Tensor, seen: Moments) -> Tensor:
     shift = bias.detach().double() if y.device.type != "mps" else bias.detach().float()
     only_bias = _near(seen.m2 / seen.n, (shift * unit.carriers.gain).var(unbiased=False), max(1e-6, 4 * eps))
     if y.device.type == "cpu" and not bool(only_bias):
-        return flat  # the usual case, without the look at the samples
-    few = y.detach().as_subclass(Tensor)[:8]
-    return flat | (only_bias & (few == few[:1]).all())
+        return flat  # the usual case, without the look at every value
+    y = y.detach().as_subclass(Tensor)
+    return flat | (only_bias & (y == y[:1]).all())
 
 
 def _near(a: Tensor, b: Tensor, rtol: float) -> Tensor:

@@ -18,7 +18,7 @@ from fastai_lsuv.hooks import hooked
 from fastai_lsuv.modules import Choice
 from fastai_lsuv.options import Options
 from fastai_lsuv.probe import first_tensor
-from fastai_lsuv.rehearsal import Rehearsal, Undo
+from fastai_lsuv.rehearsal import Rehearsal, Undo, add_to_message
 from fastai_lsuv.report import LSUVReport, Row
 from fastai_lsuv.stats import Moments, moments
 from fastai_lsuv.survey import survey
@@ -94,7 +94,8 @@ def _reinitialise(unit: Unit, options: Options, undo: Undo) -> None:
                     options.init(fresh)
                 except Exception as error:
                     name = getattr(options.init, "__name__", repr(options.init))
-                    raise type(error)(f"init={name} failed on {unit.name!r} {tuple(weight.shape)}: {error}") from error
+                    add_to_message(error, f"in init={name} on a weight of {unit.name!r}, shape {tuple(weight.shape)}")
+                    raise
                 weight.copy_(fresh)
         if unit.carriers.bias is not None and unit.carriers.weight.count_nonzero():
             undo.remember(unit.carriers.bias)
@@ -144,8 +145,7 @@ def _reached(unit: Unit, after: Moments, options: Options) -> bool:
 
 def _rounding(unit: Unit) -> float:
     """What the output's precision allows to be off: a few eps, times |mean| / std where the mean dwarfs the std."""
-    seen = [m for m in (unit.before, unit.after) if m is not None]
-    ratio = max(1.0, *(float((m.mean.abs() / m.std).max()) for m in seen))
+    ratio = max(1.0, unit.ratio, float((unit.after.mean.abs() / unit.after.std).max()) if unit.after else 0.0)
     return 4 * unit.eps * ratio if unit.eps > _EPS_OF_HALF or ratio > _LARGE_RATIO else 0.0
 
 

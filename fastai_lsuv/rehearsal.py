@@ -242,9 +242,14 @@ def name_module_at_work(error: BaseException, model: nn.Module) -> None:
     if at_work is None:
         return
     where = f"`{names[at_work]}` ({type(at_work).__name__})" if names[at_work] else f"the {type(at_work).__name__}"
-    text = f"LSUV stopped in {where}; the model is as it was"
-    if not error.args or isinstance(error.args[0], str):
-        first, *others = error.args or ("",)
-        error.args = (f"{first}\n{text}".lstrip(), *others)
-    else:  # a code or an object that a handler may look for
-        error.args = (*error.args, text)
+    add_to_message(error, f"LSUV stopped in {where}; the model is as it was")
+
+
+def add_to_message(error: BaseException, text: str) -> None:
+    """Put a line behind the message of an error, whose type and other arguments stay."""
+    args = list(error.args) or [""]
+    where = next((i for i, arg in enumerate(args) if isinstance(arg, str)), 0)  # OSError: a number, then the message
+    args[where] = f"{args[where]}\n{text}".lstrip()
+    error.args = tuple(args)
+    if isinstance(error, OSError) and error.strerror:
+        error.strerror = f"{error.strerror}\n{text}"

@@ -24,6 +24,7 @@ class Unit:
     reason: str = ""  # why it is skipped, or what the user should know
     status: str = ""
     n_iter: int = 0
+    ratio: float = 0.0  # |mean| / std of the output when it was corrected
     n_calls: int = 0
     eps: float = 0.0  # spacing of the output's dtype at 1
     before: Moments | None = None

@@ -59,7 +59,7 @@ def assert_true_reason(model, batch, row, r):
     "What the row gives as its reason for being skipped is the case."
     m, reason = r.module, row.reason
     if reason == 'frozen': assert not all(p.requires_grad for p in m.parameters(recurse=False))
-    elif reason == 'constant output': assert r.constant
+    elif reason == 'constant output': assert r.constant, (row, r.mean, r.std, r.channel_mean, r.channel_std)
     elif reason == 'non-finite output': assert not r.finite
     elif reason == 'too few values': assert r.n < 2 or r.channel_n < 2
     elif reason == 'tied weight':

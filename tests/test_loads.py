@@ -52,7 +52,7 @@ def loaded(learn):
 
 def loaded_with_optimizer(learn):
     other = learner(learn.dls, path=learn.path)
-    other.create_opt()
+    other.fit(1)
     other.save('whole')
     learn.load('whole')
 
@@ -110,10 +110,9 @@ def test_loaded(make, capsys, how, door):
     assert_left_alone(learn, capsys)
 
 
-@pytest.mark.parametrize('how', ['learn.load', 'learn.load with optimizer'])
-def test_loaded_by_the_learner_before_it_knew_of_lsuv(make, capsys, how):
+def test_a_trained_optimizer_tells_of_a_load_before_the_learner_knew_of_lsuv(make, capsys):
     learn = make()
-    LOADED[how](learn)
+    loaded_with_optimizer(learn)
     assert_left_alone(learn, capsys, cbs=LSUVCallback())
 
 
