@@ -110,6 +110,14 @@ def test_the_learner_is_as_it_would_have_been(how):
     assert set(vars(with_it)) ^ set(vars(without)) == {'lsuv_report'}
 
 
+def test_lsuv_init_leaves_nothing_of_the_batch_behind():
+    learn = learner(fastai_loaders(), small_cnn())
+    before, loader = dict(vars(learn)), dict(vars(learn.dls.train))
+    learn.lsuv_init()
+    assert {k: v for k, v in vars(learn).items() if k != 'lsuv_report'} == before
+    assert vars(learn.dls.train) == loader
+
+
 def test_nothing_is_left_on_the_model():
     learn, other = trained(fastai_loaders, 'callback')[0], trained(fastai_loaders)[0]
     for (name, m), o in zip(learn.model.named_modules(), other.model.modules(), strict=True):

@@ -202,11 +202,12 @@ def test_nor_after_a_fit_that_failed(make):
     assert ran(learn)
 
 
-def test_a_learner_that_is_validated_inside_another_s_fit(make):
+@pytest.mark.parametrize('what', ['validate', 'tta'])
+def test_a_learner_that_is_used_inside_another_s_fit(make, what):
     "A teacher, say: its own `fit` is not the one that is running."
     teacher = make(cbs=LSUVCallback())
     start = parameter_bits(teacher.model)
-    def ask(self): teacher.validate()
+    def ask(self): NEVER[what](teacher)
     make(cbs=LSUVCallback()).fit(1, cbs=Callback(before_epoch=ask))
     assert not ran(teacher)
     assert not moved(start, teacher.model)
