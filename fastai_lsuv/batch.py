@@ -27,9 +27,12 @@ def inputs_of(
 
     Raises:
         ValueError: the DataLoader has no batch.
+        TypeError: `batch` is no tuple or list.
     """
     if batch is None:
         batch = one_batch(learn.dls.train)
+    elif not isinstance(batch, (tuple, list)):
+        raise TypeError(f"batch is a {type(batch).__name__}: expected a tuple as the DataLoaders give it, (xb, yb)")
     with _kept_attributes(learn, "xb", "yb"):
         learn._split(learn._set_device(batch))
         return tuple(learn.xb)
@@ -89,8 +92,11 @@ def _untouched(dl: Iterable[Any]) -> Iterator[None]:
 
 def _generators(dl: Any) -> list[torch.Generator]:
     """Torch generators of the loader and its samplers."""
-    samplers = [getattr(dl, "sampler", None), getattr(getattr(dl, "batch_sampler", None), "sampler", None)]
-    found = [getattr(o, "generator", None) for o in [dl, *samplers] if o is not None]
+    batches = getattr(dl, "batch_sampler", None)
+    found = [
+        getattr(o, "generator", None)
+        for o in (dl, getattr(dl, "sampler", None), batches, getattr(batches, "sampler", None))
+    ]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 

@@ -40,11 +40,12 @@ class LSUVCallback(Callback):
         verbose: bool = True,  # print one line that says what was done
         **kwargs: Any,
     ) -> None:
-        Options(**kwargs)  # a wrong one should be told now, not at the first fit
+        Options.of("LSUVCallback", kwargs)  # a wrong one should be told now, not at the first fit
         super().__init__()
         self.batch, self.verbose, self.options = batch, verbose, kwargs
         self.report: LSUVReport | None = None
-        self.loaded = self.told = False
+        self.declined: str | None = None
+        self.told = False
 
     @property
     def learn(self) -> Learner | None:
@@ -66,22 +67,25 @@ class LSUVCallback(Callback):
             return
         if _has_had_lsuv(learn):
             self._tell_of_thawed_layers(learn)
-            return
-        if signs := self._signs(learn):
-            self._say_once(f"LSUV: not run, because {signs[0]}; learn.lsuv_init() would do it all the same")
+        elif sign := self._sign(learn):
+            self._say_once(f"LSUV: not run, because {sign}; learn.lsuv_init() would do it all the same")
         else:
             self.report = learn.lsuv_report = learn.lsuv_init(self.batch, **self.options)
             self._say(self.report.summary())
         self._stop_watching()
 
-    def _signs(self, learn: Learner) -> list[str]:
-        loaded = self.loaded or (self._watch is not None and self._watch.loaded)
-        return ["weights were loaded into the model"] if loaded else list(signs_of_training(learn))
+    def _sign(self, learn: Learner) -> str | None:
+        """What says that the network isn't fresh; once said, it holds for good."""
+        self.declined = self._seen_load() or self.declined or next(signs_of_training(learn), None)
+        return self.declined
+
+    def _seen_load(self) -> str | None:
+        return "weights were loaded into the model" if self._watch is not None and self._watch.loaded else None
 
     def _stop_watching(self) -> None:
         if self._watch is not None:
+            self.declined = self._seen_load() or self.declined
             self._watch.remove()
-            self.loaded |= self._watch.loaded
             self.__dict__["_watch"] = None
 
     def _tell_of_thawed_layers(self, learn: Learner) -> None:
@@ -90,7 +94,7 @@ class LSUVCallback(Callback):
         frozen = [row.name for row in learn.lsuv_report if row.reason == "frozen" and row.name in modules]
         thawed = [name for name in frozen if all(p.requires_grad for p in modules[name].parameters())]
         if thawed:
-            self._say_once(f"LSUV: {len(thawed)} layers that were frozen when it ran were not corrected: {few(thawed)}")
+            self._say_once(f"LSUV: unfrozen since it ran, and not corrected, are {len(thawed)} layers: {few(thawed)}")
 
     def _say_once(self, text: str) -> None:
         if not self.told:
@@ -103,8 +107,8 @@ class LSUVCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without training data and without the watch, which stays behind in this process."""
-        loaded = self.loaded or (self._watch is not None and self._watch.loaded)
-        return super().__getstate__() | {"batch": None, "loaded": loaded, "_watch": None}
+        declined = self._seen_load() or self.declined
+        return super().__getstate__() | {"batch": None, "declined": declined, "_watch": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LSUVCallback:
         """With both, the watch on the copied model."""
@@ -119,8 +123,9 @@ def lsuv_init(
     **kwargs: Any,
 ) -> LSUVReport:
     """Initialise the model by LSUV now, whatever state it is in; see `lsuv_`. The report is in `lsuv_report`, too."""
+    options = Options.of("lsuv_init", kwargs)
     report = lsuv_(self.model, inputs_of(self, batch), **kwargs)
-    if not Options(**kwargs).only_measures:  # a diagnosis is no initialisation
+    if not options.only_measures:  # a diagnosis is no initialisation
         self.lsuv_report = report
     return report
 

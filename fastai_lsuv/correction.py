@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,10 @@ from fastai_lsuv.probe import first_tensor
 from fastai_lsuv.rehearsal import Call, Rehearsal, copied
 from fastai_lsuv.solver import Broyden, Dial, correct
 from fastai_lsuv.stats import Moments, moments
+from fastai_lsuv.step import one_step, scaled
 from fastai_lsuv.units import Unit
 
-EXACT = 1e-3  # |mean - wanted| and |std - wanted| of an affine layer in a clean pass
+_HAD_ITS_EFFECT = 0.02  # generous to half precisions: what isn't linear misses by far
 
 
 class Correction:
@@ -28,7 +29,7 @@ class Correction:
     def __init__(self, rehearsal: Rehearsal, units: list[Unit], options: Options) -> None:
         self.rehearsal, self.options = rehearsal, options
         self.units = {unit.module: unit for unit in units if not unit.status}
-        self.inputs: dict[nn.Module, Call] = {}  # of blocks, which run again
+        self.inputs: dict[nn.Module, Call] = {}  # of modules that run again
         self.dials: dict[Unit, Dial] = {}  # of shared units
         self.solver = Broyden()
         self.best: tuple[float, list[Tensor]] = (math.inf, [])  # error and positions of the dials
@@ -41,8 +42,8 @@ class Correction:
             self.hopeless: dict[Unit, str] = {}  # in this pass: the next one may see other inputs
             self.pooled: dict[Unit, Moments] = {}  # over the calls of each shared unit
             self.one_sided: dict[Unit, bool] = {}
-            blocks = {m: self._keep_input for m, unit in self.units.items() if unit.is_block and not unit.is_shared}
-            with hooked(dict.fromkeys(self.units, self._see), blocks):
+            run_again = [m for m, unit in self.units.items() if not unit.is_shared and not is_known_affine(m)]
+            with hooked(dict.fromkeys(self.units, self._see), dict.fromkeys(run_again, self._keep_input)):
                 self.rehearsal.forward()
             self._read_flags()
             if i < self.options.max_iter and self._turn_dials():
@@ -61,7 +62,11 @@ class Correction:
             return None
         if unit.is_shared:
             return self._shared(unit, output, y)
-        return self._block(unit, output, y) if unit.is_block else _with_first(output, y, self._single(unit, y))
+        if unit.is_block:
+            return self._block(unit, y, self.inputs.pop(module))
+        if not is_known_affine(module):
+            return self._probed(unit, y, self.inputs.pop(module))
+        return _with_first(output, y, self._single(unit, y))
 
     # one exact step, for a layer that is called once
 
@@ -71,7 +76,7 @@ class Correction:
             self.rehearsal.undo.remember(p)
         correct(unit, step.scale, step.shift)
         self.flags[unit] = step.flags
-        return _affine(unit, y, step)
+        return scaled(unit, y, step)
 
     def _read_flags(self) -> None:
         """Read the flags of all single steps at once: the only wait for the device."""
@@ -79,6 +84,8 @@ class Correction:
         for unit, (changed, constant, not_finite, ratio) in zip(self.flags, flags, strict=True):
             unit.n_iter += int(changed)
             unit.ratio = ratio
+            if unit.is_shared:
+                continue  # that was one call of several
             if not_finite or (constant and not changed):
                 self.hopeless[unit] = "non-finite output" if not_finite else "constant output"
             elif constant:
@@ -95,24 +102,47 @@ class Correction:
         del self.units[unit.module]
         if unit in self.dials:
             self.dials.pop(unit).reset()
+            self.solver, self.best = Broyden(), (math.inf, [])  # they are about other unknowns
         changed = [self.rehearsal.undo.take_back(p) for p in unit.touched]
         return any(changed)
 
+    # a layer that the probe found: linear for the probe's noise, but is it so for this input?
+
+    def _probed(self, unit: Unit, y: Tensor, call: Call) -> Any:
+        """The exact step, and then what the layer really puts out; a layer that it didn't put right is a block."""
+        before = [p.detach().clone() for p in unit.parameters]
+        self._single(unit, y)
+        with self.rehearsal.replay(unit.module) as run:
+            output = run(call)
+        corrected = _first(output)
+        seen = moments(corrected, unit.channel_dim(corrected, self.options.per_channel))
+        changed = bool(self.flags[unit][0])
+        if not changed or self.options.per_channel or error(seen, self.options, unit.can_shift) <= _HAD_ITS_EFFECT:
+            return output
+        del self.flags[unit]
+        with torch.no_grad():
+            for p, value in zip(unit.parameters, before, strict=True):
+                p.copy_(value)
+        unit.is_block = True
+        return self._block(unit, y, call)
+
     # a block that is called once: it is run again, alone, until it is right
 
-    def _block(self, unit: Unit, output: Any, y: Tensor) -> Any:
+    def _block(self, unit: Unit, y: Tensor, call: Call) -> Any:
         seen = moments(y)
-        call = self.inputs.pop(unit.module)
         if not bool(seen.std.isfinite()) or not bool(seen.std > 0):
             self.hopeless[unit] = "constant output" if seen.std.isfinite() else "non-finite output"
             return None
         shifts = unit.can_shift and (unit.shift is not None or not one_sided(y, seen))
-        if unit.can_shift and not shifts and self.options.mean is not None:
-            unit.reason = "one sign, mean kept"
+        self._note_kept_mean(unit, shifts)
         dial = Dial(unit, self.options, self.rehearsal, shifts, seen)
         with self.rehearsal.replay(unit.module) as run:
             correct_block(unit, dial, seen, lambda: moments(_first(run(call))), self.options)
             return run(call) if unit.n_iter else None
+
+    def _note_kept_mean(self, unit: Unit, shifts: bool) -> None:
+        if unit.can_shift and not shifts and self.options.mean is not None:
+            unit.reason = "one sign, mean kept"
 
     # a unit that is called several times: judged over all its calls, turned between passes
 
@@ -137,6 +167,7 @@ class Correction:
         for unit, seen in shared.items():
             if unit not in self.dials:
                 shifts = unit.can_shift and (unit.shift is not None or not self.one_sided[unit])
+                self._note_kept_mean(unit, shifts)
                 self.dials[unit] = Dial(unit, self.options, self.rehearsal, shifts, seen)
         errors = [error(seen, self.options, self.dials[unit].shifts) for unit, seen in shared.items()]
         if max(errors, default=0.0) <= self.options.tol / 2:
@@ -149,66 +180,6 @@ class Correction:
             self.dials[unit].turn(position)
             unit.n_iter += 1
         return True
-
-
-class Step(NamedTuple):
-    """What turns an output y into scale * y + shift: numbers or one a channel, on the device of the output."""
-
-    scale: Tensor
-    shift: Tensor
-    flags: Tensor  # changed, constant, not finite: each for any channel; and the largest |mean| / std
-
-
-def one_step(unit: Unit, y: Tensor, options: Options) -> Step:
-    """The exact step for an affine unit: W/s and (b - m)/s turn y = Wx + b into (y - m)/s.
-
-    Decided on the device, without waiting for it: where nothing is to be done, the step is 1 and 0.
-    """
-    seen = moments(y, unit.channel_dim(y, options.per_channel))
-    shifts = unit.can_shift and options.mean is not None
-    mean, std = options.mean or 0.0, options.std
-    finite = seen.mean.isfinite() & seen.std.isfinite()
-    constant = finite & is_constant(unit, y, seen)
-    near = ((seen.std - std).abs() <= EXACT / 2) if std is not None else torch.ones_like(finite)
-    if shifts:
-        near = near & ((seen.mean - mean).abs() <= EXACT / 2)
-    change = finite & ~constant & ~near
-    scale = std / seen.std if std is not None else torch.ones_like(seen.std)
-    shift = mean - scale * seen.mean if shifts else torch.zeros_like(seen.mean)
-    ratio = (seen.mean.abs() / seen.std).max()
-    flags = torch.stack([change.any().to(ratio), constant.any().to(ratio), (~finite.all()).to(ratio), ratio])
-    return Step(torch.where(change, scale, 1.0), torch.where(change, shift, 0.0), flags)
-
-
-def is_constant(unit: Unit, y: Tensor, seen: Moments) -> Tensor:
-    """Whether the output (of a channel) doesn't depend on the input: no spread, or only that of the bias."""
-    eps = torch.finfo(y.dtype).eps
-    flat = seen.std <= eps * seen.mean.abs()
-    if unit.carriers is None or (bias := unit.carriers.bias) is None or seen.mean.dim():
-        return flat
-    shift = bias.detach().double() if y.device.type != "mps" else bias.detach().float()
-    only_bias = _near(seen.m2 / seen.n, (shift * unit.carriers.gain).var(unbiased=False), max(1e-6, 4 * eps))
-    if y.device.type == "cpu" and not bool(only_bias):
-        return flat  # the usual case, without the look at every value
-    y = y.detach().as_subclass(Tensor)
-    return flat | (only_bias & (y == y[:1]).all())
-
-
-def _near(a: Tensor, b: Tensor, rtol: float) -> Tensor:
-    return (a - b).abs() <= rtol * b
-
-
-def _affine(unit: Unit, y: Tensor, step: Step) -> Tensor:
-    """The output scaled and shifted, in place where the output is surely the layer's own."""
-    shape = [1] * y.dim()
-    if step.scale.dim():
-        shape[unit.channel_dim(y, True) or 0] = -1
-    wide = torch.promote_types(y.dtype, torch.float32)
-    scale, shift = step.scale.to(wide).reshape(shape), step.shift.to(wide).reshape(shape)
-    if y.dtype == wide and is_known_affine(unit.module):
-        y.mul_(scale).add_(shift)
-        return y
-    return (y.to(wide) * scale + shift).to(y.dtype)
 
 
 def _first(output: Any) -> Tensor:

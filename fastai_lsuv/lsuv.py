@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from fastai_lsuv.block import is_right
-from fastai_lsuv.correction import EXACT, Correction
+from fastai_lsuv.correction import Correction
 from fastai_lsuv.hooks import hooked
 from fastai_lsuv.modules import Choice
 from fastai_lsuv.options import Options
@@ -21,6 +21,7 @@ from fastai_lsuv.probe import first_tensor
 from fastai_lsuv.rehearsal import Rehearsal, Undo, add_to_message
 from fastai_lsuv.report import LSUVReport, Row
 from fastai_lsuv.stats import Moments, moments
+from fastai_lsuv.step import EXACT
 from fastai_lsuv.survey import survey
 from fastai_lsuv.units import Unit
 
@@ -89,7 +90,8 @@ def _reinitialise(unit: Unit, options: Options, undo: Undo) -> None:
         for weight in unit.carriers.matrices:
             if weight.count_nonzero():  # zeros are there on purpose
                 undo.remember(weight)
-                fresh = weight.detach().float() if weight.dtype != torch.float64 else weight.detach().clone()
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                fresh = weight.detach().to(wide, memory_format=torch.contiguous_format, copy=True)
                 try:
                     options.init(fresh)
                 except Exception as error:
@@ -145,7 +147,7 @@ def _reached(unit: Unit, after: Moments, options: Options) -> bool:
 
 def _rounding(unit: Unit) -> float:
     """What the output's precision allows to be off: a few eps, times |mean| / std where the mean dwarfs the std."""
-    ratio = max(1.0, unit.ratio, float((unit.after.mean.abs() / unit.after.std).max()) if unit.after else 0.0)
+    ratio = max(1.0, unit.ratio)
     return 4 * unit.eps * ratio if unit.eps > _EPS_OF_HALF or ratio > _LARGE_RATIO else 0.0
 
 

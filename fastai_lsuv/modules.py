@@ -79,7 +79,7 @@ def chosen(model: nn.Module, choice: Choice, option: str = "modules") -> list[nn
     elif isinstance(choice, Sequence) and _all_are(choice, nn.Module):
         found = _contained(model, choice, option)
     elif callable(choice):
-        found = _contained(model, list(choice(model)), option)
+        found = _contained(model, _called(choice, model, option), option)
     else:
         raise TypeError(
             f"{option}={choice!r}: expected a type or tuple of types, a name or list of names (with wildcards), "
@@ -104,6 +104,13 @@ def is_pattern(name: str) -> bool:
 def with_descendants(modules: Iterable[nn.Module]) -> set[nn.Module]:
     """The modules and everything beneath them."""
     return {inner for module in modules for inner in module.modules()}
+
+
+def _called(choice: Callable[[nn.Module], Iterable[nn.Module]], model: nn.Module, option: str) -> list[nn.Module]:
+    result = choice(model)
+    if not isinstance(result, Iterable):
+        raise TypeError(f"{option}={_show(choice)} returned {result!r}: expected modules")
+    return list(result)
 
 
 def _all_are(items: Iterable[object], kind: type) -> bool:

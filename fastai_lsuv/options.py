@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
 
@@ -26,18 +27,30 @@ class Options:
     tol: float = 1e-3
     max_iter: int = 10
 
+    @classmethod
+    def of(cls, name: str, kwargs: Mapping[str, Any]) -> Options:
+        """Options from keyword arguments of the function `name`, which an error quotes."""
+        known = [field.name for field in fields(cls)]
+        for key in kwargs:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+                raise TypeError(f"{name}() got an unexpected option {key!r}; the nearest is {near!r}")
+        return cls(**kwargs)
+
     def __post_init__(self) -> None:
         for name in ("mean", "std", "tol", "max_iter"):
             value = getattr(self, name)
-            if not isinstance(value, Real) and not (value is None and name in ("mean", "std")):
-                raise TypeError(f"{name}={value!r}: expected a number")
+            kind = int if name == "max_iter" else Real
+            optional = name in ("mean", "std") and value is None
+            if not optional and (not isinstance(value, kind) or isinstance(value, bool)):
+                raise TypeError(f"{name}={value!r}: expected a {'whole number' if kind is int else 'number'}")
         if self.mean is not None and not math.isfinite(self.mean):
             raise ValueError(f"mean={self.mean!r}: expected a finite number, or None to leave means alone")
         if self.std is not None and not 0 < self.std < math.inf:
             raise ValueError(f"std={self.std!r}: expected a positive finite number, or None to leave stds alone")
         if not 0 < self.tol < math.inf:
             raise ValueError(f"tol={self.tol!r}: expected a positive finite number")
-        if self.max_iter < 1 or self.max_iter != int(self.max_iter):
+        if self.max_iter < 1:
             raise ValueError(f"max_iter={self.max_iter!r}: expected a whole number of at least 1")
         if self.init is not None and not callable(self.init):
             raise TypeError(f"init={self.init!r}: expected an in-place initialiser such as nn.init.orthogonal_")

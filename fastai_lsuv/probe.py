@@ -209,7 +209,8 @@ class _Probe:
         for w_dim, y_dim in _equal_sizes(weight, self.output):
             factor = torch.rand(weight.shape[w_dim], device=value.device, dtype=value.dtype) + 0.5
             scaled = self._with({weight: value * _along(factor, w_dim, value)}) - off
-            if self._same(scaled, part * _along(factor.to(part.dtype), y_dim, part)):
+            per_channel_bias = found.bias is None or found.bias.numel() == len(factor)
+            if per_channel_bias and self._same(scaled, part * _along(factor.to(part.dtype), y_dim, part)):
                 return replace(
                     found,
                     per_channel=partial(_along, dim=w_dim, like=weight),

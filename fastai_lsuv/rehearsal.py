@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -43,7 +44,8 @@ class RandomState:
 class ModuleState:
     """All that a forward pass may leave on a module and its children, parameters' values apart.
 
-    Training flags, hidden states and caches are attributes; buffers are kept by value, too.
+    Training flags, hidden states and caches are attributes, kept as they are bound (a list that the forward appends to
+    keeps what is appended); buffers are kept by value, too.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -108,12 +110,12 @@ class Undo:
         return True
 
     def rollback(self) -> None:
-        """Take everything back, to the bit."""
-        with torch.no_grad():
+        """Take everything back, to the bit; what can't be doesn't keep the rest from it."""
+        with torch.no_grad(), ExitStack() as stack:
             for tensor, value in self._tensors.values():
-                tensor.copy_(value)
-        for setter, value in self._setters.values():
-            setter(value)
+                stack.callback(tensor.copy_, value)
+            for setter, value in self._setters.values():
+                stack.callback(setter, value)
 
 
 class Rehearsal:
@@ -135,22 +137,26 @@ class Rehearsal:
     def __enter__(self) -> Rehearsal:
         self._random, self._state = RandomState(), ModuleState(self.model)
         self._states = [self._state]
+        self._fastpath = torch.backends.mha.get_fastpath_enabled()
         self._norms = _norms_of_training(self.model)
         self._state.restore()
         self._singles = [
             n.register_forward_pre_hook(_one_value_a_channel_uses_running_statistics, prepend=True) for n in self._norms
         ]
+        torch.backends.mha.set_fastpath_enabled(False)  # training doesn't take it, nor its nested tensors
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        for handle in self._singles:
-            handle.remove()
-        if error is not None:
-            self.undo.rollback()
-            name_module_at_work(error, self.model)
-        self._state.restore(adopted=error is None)
-        self._random.restore()
-        torch.clear_autocast_cache()  # the casts it holds are of weights that have changed
+        with ExitStack() as stack:  # last in, first out, and each whatever becomes of the others
+            stack.callback(torch.clear_autocast_cache)  # the casts it holds are of weights that have changed
+            stack.callback(torch.backends.mha.set_fastpath_enabled, self._fastpath)
+            stack.callback(self._random.restore)
+            stack.callback(self._state.restore, adopted=error is None)
+            for handle in self._singles:
+                stack.callback(handle.remove)
+            if error is not None:
+                name_module_at_work(error, self.model)
+                stack.callback(self.undo.rollback)
 
     def forward(self) -> None:
         """One pass of the whole model, from the state in which it was found."""
@@ -173,11 +179,15 @@ class Rehearsal:
         inner.adopt(change)
 
     @contextmanager
-    def replay(self, module: nn.Module) -> Iterator[Callable[[Call], Any]]:
+    def replay(self, module: nn.Module, unseen: bool = False) -> Iterator[Callable[[Call], Any]]:
         """Run one module again, on inputs of choice, from the same random state each time.
 
-        Meant for a hook in the middle of a pass; the pass goes on from where it was.
+        Meant for a hook in the middle of a pass; the pass goes on from where it was. With `unseen`, no forward hook
+        inside the module sees it: the user's keep what they have of the pass.
         """
+        hooks = [(m, m._forward_hooks) for m in module.modules()] if unseen else []
+        for m, _ in hooks:
+            m._forward_hooks = OrderedDict()
         now, state = RandomState(), ModuleState(module)
         was, self.replaying = self.replaying, True
         self._states.append(state)
@@ -195,6 +205,8 @@ class Rehearsal:
             self.replaying = was
             self._states.pop()
             state.restore()
+            for m, kept in hooks:
+                m._forward_hooks = kept
             now.restore()
 
 

@@ -26,7 +26,7 @@ from fastai_lsuv.modules import (
 from fastai_lsuv.probe import Carriers, find_carriers, first_tensor, known_carriers, small_noise
 from fastai_lsuv.rehearsal import Rehearsal
 from fastai_lsuv.stats import Moments, moments
-from fastai_lsuv.units import Shift, Unit, mark_frozen, mark_tied
+from fastai_lsuv.units import Unit, exposed_shift, mark_frozen, mark_tied
 
 
 def survey(rehearsal: Rehearsal, modules: Choice, exclude: Choice, per_channel: bool) -> list[Unit]:
@@ -66,7 +66,8 @@ class _Watch:
     def __post_init__(self) -> None:
         model = self.rehearsal.model
         self.names = {m: name for name, m in model.named_modules()}
-        self.excluded = with_descendants(chosen(model, self.exclude, "exclude")) if self.exclude else set()
+        nothing = self.exclude is None or (isinstance(self.exclude, list | tuple) and not self.exclude)
+        self.excluded = set() if nothing else with_descendants(chosen(model, self.exclude, "exclude"))
         self.wanted = set() if self.modules is None else set(chosen(model, self.modules))
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -120,7 +121,7 @@ class _Watch:
         attempts = [small_noise(call, samples=1 if contains_layers else 2)]
         if not contains_layers:  # to run those on the whole batch would cost as much as a pass
             attempts.append(call)
-        with self.rehearsal.replay(module) as run:
+        with self.rehearsal.replay(module, unseen=True) as run:
             for inputs in attempts:
                 # a module may refuse fewer samples or other values, in ways of its own
                 with suppress(Exception):
@@ -183,8 +184,7 @@ class _Watch:
 
     def _set_up_block(self, unit: Unit) -> None:
         unit.is_block = True
-        if isinstance(getattr(type(unit.module), "bias", None), property):
-            unit.shift = Shift(unit.module)
+        unit.shift = exposed_shift(unit.module)
         inside = set(unit.module.modules()) - self.excluded
         layers = [m for m in self.order if m in inside and self.found.get(m) is not None]
         weight = getattr(unit.module, "weight", None)  # of a block: a property that exposes it
@@ -201,19 +201,30 @@ class _Watch:
 
 
 def _signature(module: nn.Module, call: Any) -> tuple[Any, ...] | None:
-    """What decides how a module uses its parameters: types, plain attributes, shapes; None if that can't be told."""
-    inputs = [(tuple(o.shape), o.dtype) if isinstance(o, Tensor) else o for o in tree_leaves(call)]
-    if any(m._forward_pre_hooks for m in module.modules()):  # they may make the weight
+    """What decides how a module uses its parameters: its types and plain attributes, the kinds of its inputs.
+
+    Sizes and other numbers count as 0, 1 or many, so that layers of different widths are examined once. None if it
+    can't be told: hooks ahead of the forward may make the weight.
+    """
+    if any(m._forward_pre_hooks for m in module.modules()):
         return None
     internal = vars(nn.Module()).keys()
-    parts = [
-        (name, type(m), *((key, value) for key, value in sorted(vars(m).items()) if key not in internal))
+    attributes = [
+        (name, type(m), *((key, _coarse(value)) for key, value in sorted(vars(m).items()) if key not in internal))
         for name, m in module.named_modules()
     ]
-    shapes = [(name, tuple(p.shape)) for name, p in module.named_parameters()]
-    signature = (tuple(inputs), tuple(parts), tuple(shapes))
+    parameters = [(name, _coarse(p)) for name, p in module.named_parameters()]
+    signature = (tuple(attributes), tuple(parameters), tuple(_coarse(o) for o in tree_leaves(call)))
     try:
         hash(signature)
     except TypeError:
         return None
     return signature
+
+
+def _coarse(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype, tuple(min(size, 2) for size in value.shape)
+    if isinstance(value, (tuple, list)):
+        return tuple(_coarse(o) for o in value)
+    return min(value, 2) if type(value) is int else value

@@ -82,6 +82,14 @@ class Shift:
             self.module.bias = value
 
 
+def exposed_shift(module: nn.Module) -> Shift | None:
+    """The module's `bias` if it is a property that can be set and holds a number."""
+    exposed = getattr(type(module), "bias", None)
+    if isinstance(exposed, property) and exposed.fset and isinstance(module.bias, (float, int, Tensor)):
+        return Shift(module)
+    return None
+
+
 def mark_frozen(units: list[Unit]) -> None:
     """Only what trains is corrected."""
     for unit in units:

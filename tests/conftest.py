@@ -41,7 +41,7 @@ def settings():
     return dict(filters=list(warnings.filters), rc=dict(matplotlib.rcParams), dtype=torch.get_default_dtype(),
                 grad=torch.is_grad_enabled(), inference=torch.is_inference_mode_enabled(),
                 autocast=torch.is_autocast_enabled('cpu'), deterministic=torch.are_deterministic_algorithms_enabled(),
-                threads=torch.get_num_threads(), new_method=nn.Module.__call__,
+                threads=torch.get_num_threads(), fastpath=torch.backends.mha.get_fastpath_enabled(), new_method=nn.Module.__call__,
                 hooks=[list(getattr(module_module, g)) for g in GLOBAL])
 
 

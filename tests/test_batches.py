@@ -49,8 +49,13 @@ def weighted_loaders():
     return DataLoaders(tud.DataLoader(Jittered(), 16, sampler=sampler), tud.DataLoader(Jittered(32), 16))
 
 
+def own_generator_loaders():
+    return DataLoaders(tud.DataLoader(Jittered(), 16, shuffle=True, generator=torch.Generator().manual_seed(3)),
+                       tud.DataLoader(Jittered(32), 16))
+
+
 LOADERS = {'fastai': fastai_loaders, 'fastai, dropping the last': partial(fastai_loaders, drop_last=True), 'torch': torch_loaders,
-           'torch, weighted': weighted_loaders, 'fastai, workers': partial(fastai_loaders, num_workers=2),
+           'torch, weighted': weighted_loaders, 'torch, a generator': own_generator_loaders, 'fastai, workers': partial(fastai_loaders, num_workers=2),
            'torch, workers': partial(torch_loaders, num_workers=2),
            'images': partial(digits, 64, 16, item_tfms=RandomCrop(8)), 'images, by the item': partial(digits, 64, 16, item_tfms=Flipped),
            'images, by the batch': partial(digits, 64, 16, batch_tfms=aug_transforms(size=8))}

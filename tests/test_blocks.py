@@ -152,6 +152,17 @@ def test_a_block_with_two_signs_gets_both(act, std):
     assert report['0'].n_iter <= 20 and report['0'].std_after == pytest.approx(got, rel=1e-4)
 
 
+def test_a_block_that_overwrites_its_input():
+    "Run again, it starts from the input as it was."
+    class Overwriting(nn.Module):
+        def __init__(self): super().__init__(); self.fc = nn.Linear(16, 16)
+        def forward(self, x): return nn.functional.leaky_relu(self.fc(x.mul_(.5).add_(1)), .3)
+    net, x = nn.Sequential(nn.Linear(10, 16), Overwriting(), nn.Linear(16, 4)), rows()
+    report = lsuv_(net, x, modules=[net[0], net[1], net[2]])
+    assert report.converged
+    for mean, std in outputs_of(net, x, ['1', '2']).values(): assert (mean, std) == (pytest.approx(0, abs=3e-3), pytest.approx(1, abs=3e-3))
+
+
 def test_a_wish_that_cannot_come_true_is_not_converged():
     "No weight brings a tanh's output to std 3."
     net, x = nn.Sequential(nn.Sequential(nn.Linear(10, 8), nn.Tanh()), nn.Linear(8, 4)), rows()

@@ -71,6 +71,8 @@ ZOO = {  # name: (builder, batch), the batch as lsuv_ takes it
     'gpt layers': (lambda: nn.Sequential(Conv1D(8, 10), nn.GELU(), Conv1D(3, 8)), lambda: rows()),
     'bilinear': (Bilinear, lambda: rows()),
     'attention': (Attention, lambda: rows().reshape(8, 8, 10)),
+    'transformer': (lambda: nn.Sequential(nn.Linear(10, 16), nn.TransformerEncoderLayer(16, 4, 32, .1, batch_first=True),
+                                          nn.Linear(16, 3)), lambda: rows().reshape(8, 8, 10)),
     'weight norm': (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(10, 8)), nn.ReLU(),
                                           nn.Linear(8, 3)), lambda: rows()),
     'weight norm, old': (lambda: nn.Sequential(old_weight_norm(nn.Linear(10, 8)), nn.ReLU(), nn.Linear(8, 3)), lambda: rows()),

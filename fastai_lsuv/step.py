@@ -1,0 +1,75 @@
+"""The exact step: what an affine unit's output tells its weights, in one go and on the device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastai_lsuv.modules import is_known_affine
+from fastai_lsuv.options import Options
+from fastai_lsuv.stats import Moments, moments
+from fastai_lsuv.units import Unit
+
+EXACT = 1e-3  # |mean - wanted| and |std - wanted| of an affine layer in a clean pass
+
+
+class Step(NamedTuple):
+    """What turns an output y into scale * y + shift: numbers or one a channel, on the device of the output."""
+
+    scale: Tensor
+    shift: Tensor
+    flags: Tensor  # changed, constant, not finite: each for any channel; and the largest |mean| / std
+
+
+def one_step(unit: Unit, y: Tensor, options: Options) -> Step:
+    """The exact step for an affine unit: W/s and (b - m)/s turn y = Wx + b into (y - m)/s.
+
+    Decided on the device, without waiting for it: where nothing is to be done, the step is 1 and 0.
+    """
+    seen = moments(y, unit.channel_dim(y, options.per_channel))
+    shifts = unit.can_shift and options.mean is not None
+    mean, std = options.mean or 0.0, options.std
+    finite = seen.mean.isfinite() & seen.std.isfinite()
+    constant = finite & is_constant(unit, y, seen)
+    near = ((seen.std - std).abs() <= EXACT / 2) if std is not None else torch.ones_like(finite)
+    if shifts:
+        near = near & ((seen.mean - mean).abs() <= EXACT / 2)
+    change = finite & ~constant & ~near
+    scale = std / seen.std if std is not None else torch.ones_like(seen.std)
+    shift = mean - scale * seen.mean if shifts else torch.zeros_like(seen.mean)
+    ratio = torch.where(constant | ~finite, 0.0, seen.mean.abs() / seen.std).max()
+    flags = torch.stack([change.any().to(ratio), constant.any().to(ratio), (~finite.all()).to(ratio), ratio])
+    return Step(torch.where(change, scale, 1.0), torch.where(change, shift, 0.0), flags)
+
+
+def is_constant(unit: Unit, y: Tensor, seen: Moments) -> Tensor:
+    """Whether the output (of a channel) doesn't depend on the input: no spread, or only that of the bias."""
+    eps = torch.finfo(y.dtype).eps
+    flat = seen.std <= eps * seen.mean.abs()
+    if unit.carriers is None or (bias := unit.carriers.bias) is None or seen.mean.dim():
+        return flat
+    shift = bias.detach().double() if y.device.type != "mps" else bias.detach().float()
+    only_bias = _near(seen.m2 / seen.n, (shift * unit.carriers.gain).var(unbiased=False), max(1e-6, 4 * eps))
+    if y.device.type == "cpu" and not bool(only_bias):
+        return flat  # the usual case, without the look at every value
+    y = y.detach().as_subclass(Tensor)
+    return flat | (only_bias & (y == y[:1]).all())
+
+
+def _near(a: Tensor, b: Tensor, rtol: float) -> Tensor:
+    return (a - b).abs() <= rtol * b
+
+
+def scaled(unit: Unit, y: Tensor, step: Step) -> Tensor:
+    """The output scaled and shifted, in place where the output is surely the layer's own."""
+    shape = [1] * y.dim()
+    if step.scale.dim():
+        shape[unit.channel_dim(y, True) or 0] = -1
+    wide = torch.promote_types(y.dtype, torch.float32)
+    scale, shift = step.scale.to(wide).reshape(shape), step.shift.to(wide).reshape(shape)
+    if y.dtype == wide and is_known_affine(unit.module):
+        y.mul_(scale).add_(shift)
+        return y
+    return (y.to(wide) * scale + shift).to(y.dtype)
