@@ -138,8 +138,10 @@ class Rehearsal:
         self._random, self._state = RandomState(), ModuleState(self.model)
         self._states = [self._state]
         self._fastpath = torch.backends.mha.get_fastpath_enabled()
-        self._norms = _norms_of_training(self.model)
-        self._state.restore()
+        try:
+            self._norms = _norms_of_training(self.model)
+        finally:
+            self._state.restore()
         self._singles = [
             n.register_forward_pre_hook(_one_value_a_channel_uses_running_statistics, prepend=True) for n in self._norms
         ]

@@ -203,8 +203,9 @@ class _Watch:
 def _signature(module: nn.Module, call: Any) -> tuple[Any, ...] | None:
     """What decides how a module uses its parameters: its types and plain attributes, the kinds of its inputs.
 
-    Sizes and other numbers count as 0, 1 or many, so that layers of different widths are examined once. None if it
-    can't be told: hooks ahead of the forward may make the weight.
+    Sizes and other whole numbers count as 0, 1 or many, fractions by their sign, so that layers of different widths
+    are examined once; the correcting pass will see whether that was right. None if it can't be told: hooks ahead of
+    the forward may make the weight.
     """
     if any(m._forward_pre_hooks for m in module.modules()):
         return None
@@ -227,4 +228,6 @@ def _coarse(value: Any) -> Any:
         return value.dtype, tuple(min(size, 2) for size in value.shape)
     if isinstance(value, (tuple, list)):
         return tuple(_coarse(o) for o in value)
+    if type(value) is float:
+        return (value > 0) - (value < 0)
     return min(value, 2) if type(value) is int else value

@@ -196,9 +196,7 @@ class Attention(nn.Module):
         super().__init__()
         self.embed, self.attn, self.head = nn.Linear(10, d), nn.MultiheadAttention(d, 4, batch_first=True), nn.Linear(d, 3)
 
-    def forward(self, x):
-        h = self.embed(x)
-        return self.head(h + self.attn(h, h, h)[0])
+    def forward(self, x): return self.head((h := self.embed(x)) + self.attn(h, h, h)[0])
 
 
 def old_weight_norm(layer):
@@ -239,10 +237,7 @@ class Auxiliary(nn.Module):
     "A head that runs in training only (inception, googlenet)."
 
     def __init__(self): super().__init__(); self.body, self.aux, self.head = nn.Linear(10, 8), nn.Linear(8, 2), nn.Linear(8, 2)
-
-    def forward(self, x):
-        h = self.body(x).relu()
-        return (self.head(h), self.aux(h)) if self.training else self.head(h)
+    def forward(self, x): return (self.head(h := self.body(x).relu()), *([self.aux(h)] if self.training else []))
 
 
 # --- the course's layers (fast.ai part 2, 2019, notebook 07a_lsuv) ---------------------------------------------------
@@ -278,6 +273,23 @@ class ConvLayer(nn.Module):
     def bias(self, v): self.relu.sub = -v
     @property
     def weight(self): return self.conv.weight
+
+
+class Offset(nn.Module):
+    "A block that shows a parameter as its bias: what it adds behind its rectifier."
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.fc, self.offset = nn.Linear(n_in, n_out), nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x): return self.fc(x).relu_() + self.offset
+
+    @property
+    def bias(self): return self.offset
+    @bias.setter
+    def bias(self, v): self.offset.data.copy_(torch.as_tensor(v))
+    @property
+    def weight(self): return self.fc.weight
 
 
 def course_net(n_in=1, nfs=(8, 16, 32, 64, 64), n_out=10, **kwargs):

@@ -5,7 +5,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from audit import differences, fingerprint, rng_print
-from models import GeneralReLU, Picky, Stumble, convnet, course_net, images, mlp, rows
+from models import GeneralReLU, Offset, Picky, Stumble, convnet, course_net, images, mlp, rows
 from torch import nn
 
 from fastai_lsuv import LSUVCallback, lsuv_
@@ -176,6 +176,12 @@ def test_interrupted_inside_a_block_that_is_being_iterated(at):
     net[2].relu = Interrupted(at)
     with untouched(net), pytest.raises(KeyboardInterrupt): lsuv_(net, images(16, 1, 28), modules=nn.Module.children)
     assert all(isinstance(m.relu.sub, float) and m.relu.sub == 0 for m in net[:5])
+
+
+@pytest.mark.parametrize('at', [1, 2, 3])
+def test_interrupted_after_a_parameter_shown_as_bias_was_set(at):
+    net = nn.Sequential(Offset(10, 8), Offset(8, 8), Stumble(KeyboardInterrupt(), at), nn.Linear(8, 3))
+    with untouched(net), pytest.raises(KeyboardInterrupt): lsuv_(net, rows(), modules=nn.Module.children)
 
 
 def test_a_hook_of_the_users_that_raises():

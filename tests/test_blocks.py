@@ -9,6 +9,7 @@ from fastai.layers import flatten_model
 from models import (
     ConvLayer,
     GeneralReLU,
+    Offset,
     PlainLinear,
     Residual,
     Shared,
@@ -235,6 +236,16 @@ def test_the_course_s_layers_keep_on_training(monkeypatch):
     nn.functional.cross_entropy(net(x), torch.arange(32) % 10).backward()
     opt.step()
     assert len(moved(bits, net)) == len(params)
+
+
+def test_a_parameter_shown_as_bias():
+    net, x = nn.Sequential(Offset(10, 8), Offset(8, 8), nn.Linear(8, 3)), rows()
+    bits, params = parameter_bits(net), list(net.parameters())
+    report = lsuv_(net, x, modules=nn.Module.children)
+    assert report.converged
+    for mean, std in outputs_of(net, x, '012').values(): assert (mean, std) == (pytest.approx(0, abs=3e-3), pytest.approx(1, abs=3e-3))
+    assert all(p is q for p, q in zip(params, net.parameters(), strict=True))
+    assert {'0.offset', '1.offset'} <= moved(bits, net)
 
 
 def test_the_course_s_layers_one_by_one_are_convolutions():

@@ -244,6 +244,27 @@ def test_an_init_that_kills_every_layer_is_undone():
     assert {row.status for row in report} == {'skipped'} and not moved(bits, net)
 
 
+def test_what_is_undone_is_undone_to_the_bit():
+    "Also where a bias was -0, which equals the 0 that `init` puts there."
+    net, x = mlp(10, 8, 3), rows()
+    with torch.no_grad(): net[0].bias.fill_(-0.); net[0].weight.fill_(0.); net[0].weight[0] = 1; net[2].bias.fill_(-0.)
+    bits = parameter_bits(net)
+    report = lsuv_(net, x, init=nn.init.zeros_)
+    assert {row.status for row in report} == {'skipped'}
+    assert not moved(bits, net)
+
+
+def test_layers_behind_one_whose_init_was_undone_are_right_all_the_same():
+    def init(w): nn.init.zeros_(w) if len(w) == 12 else nn.init.orthogonal_(w)
+    net, x = mlp(10, 16, 12, 8, 3), rows()
+    bits = parameter_bits(net)
+    report = lsuv_(net, x, init=init)
+    assert [row.reason for row in report if row.status == 'skipped'] == ['constant output']
+    assert not moved(bits, net) & {'2.weight', '2.bias'}
+    for r in audit(net, x):
+        if r.name != '2': assert (r.std, r.mean) == (pytest.approx(1, abs=1e-3), pytest.approx(0, abs=1e-3)), r.name
+
+
 def test_init_is_applied_once_to_a_tied_weight():
     seen = []
     def init(w): seen.append(1); nn.init.orthogonal_(w)
