@@ -49,7 +49,7 @@ class ModuleState:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self.modules = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in root.modules()]
+        self.modules = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in _open_modules(root)]
         self.values = [(buffer, buffer.clone()) for buffer in root.buffers()]
         self.wanted: list[tuple[dict[str, Any], str, Any]] = []  # attributes that were changed on purpose
 
@@ -103,11 +103,13 @@ class Undo:
 
     def take_back(self, tensor: Tensor) -> bool:
         """Put one tensor back to its first value; returns whether it had another."""
-        if id(tensor) not in self._tensors or torch.equal(tensor, self._tensors[id(tensor)][1]):
+        if id(tensor) not in self._tensors:
             return False
+        first = self._tensors[id(tensor)][1]
+        changed = not torch.equal(tensor, first)
         with torch.no_grad():
-            tensor.copy_(self._tensors[id(tensor)][1])
-        return True
+            tensor.copy_(first)  # also where they are equal: -0.0 and 0.0 are
+        return changed
 
     def rollback(self) -> None:
         """Take everything back, to the bit; what can't be doesn't keep the rest from it."""
@@ -228,7 +230,12 @@ def copied(call: Call) -> Call:
 def _norms_of_training(model: nn.Module) -> list[nn.Module]:
     """Modules with running statistics that will use the batch's in training, models that freeze theirs respected."""
     model.train()
-    return [m for m in model.modules() if m.training and {"running_mean", "running_var"} & m._buffers.keys()]
+    return [m for m in _open_modules(model) if m.training and {"running_mean", "running_var"} & m._buffers.keys()]
+
+
+def _open_modules(root: nn.Module) -> list[nn.Module]:
+    """All modules but scripted ones, whose insides are out of Python's reach."""
+    return [m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]
 
 
 def _one_value_a_channel_uses_running_statistics(norm: nn.Module, args: tuple[Any, ...]) -> None:
