@@ -31,8 +31,9 @@ class Correction:
         self.units = {unit.module: unit for unit in units if not unit.status}
         self.inputs: dict[nn.Module, Call] = {}  # of modules that run again
         self.dials: dict[Unit, Dial] = {}  # of shared units
+        self.turned: list[Unit] = []  # units whose dials are being turned together
         self.solver = Broyden()
-        self.best: tuple[float, list[Tensor]] = (math.inf, [])  # error and positions of the dials
+        self.best: tuple[float, list[Tensor]] = (math.inf, [])  # least error, and the dials' positions then
 
     def run(self) -> None:
         """Make passes until every unit is settled, `max_iter` at most."""
@@ -102,7 +103,6 @@ class Correction:
         del self.units[unit.module]
         if unit in self.dials:
             self.dials.pop(unit).reset()
-            self.solver, self.best = Broyden(), (math.inf, [])  # they are about other unknowns
         changed = [self.rehearsal.undo.take_back(p) for p in unit.touched]
         return any(changed)
 
@@ -130,8 +130,8 @@ class Correction:
 
     def _block(self, unit: Unit, y: Tensor, call: Call) -> Any:
         seen = moments(y)
-        if not bool(seen.std.isfinite()) or not bool(seen.std > 0):
-            self.hopeless[unit] = "constant output" if seen.std.isfinite() else "non-finite output"
+        if reason := _hopeless(seen):
+            self.hopeless[unit] = reason
             return None
         shifts = unit.can_shift and (unit.shift is not None or not one_sided(y, seen))
         self._note_kept_mean(unit, shifts)
@@ -158,17 +158,20 @@ class Correction:
     def _was_right(self, unit: Unit) -> bool:
         return unit.before is not None and error(unit.before, self.options, unit.can_shift) <= self.options.tol / 2
 
-    def _turn_dials(self) -> bool:
-        """Turn the dials of all shared units together, unless all are right; returns whether they were turned."""
-        for unit, seen in self.pooled.items():
-            if unit.module in self.units and not bool((seen.std.isfinite() & (seen.std > 0)).all()):
-                self._skip(unit, "constant output" if bool(seen.std.isfinite().all()) else "non-finite output")
-        shared = {unit: seen for unit, seen in self.pooled.items() if unit.module in self.units}
+    def _set_up_dials(self, shared: dict[Unit, Moments]) -> None:
         for unit, seen in shared.items():
             if unit not in self.dials:
                 shifts = unit.can_shift and (unit.shift is not None or not self.one_sided[unit])
                 self._note_kept_mean(unit, shifts)
                 self.dials[unit] = Dial(unit, self.options, self.rehearsal, shifts, seen)
+        if self.turned != list(shared):  # other unknowns than before
+            self.turned, self.solver, self.best = list(shared), Broyden(), (math.inf, [])
+
+    def _turn_dials(self) -> bool:
+        """Turn the dials of all shared units together, unless all are right; returns whether they were turned."""
+        self.hopeless |= {unit: reason for unit, seen in self.pooled.items() if (reason := _hopeless(seen))}
+        shared = {unit: seen for unit, seen in self.pooled.items() if unit not in self.hopeless}
+        self._set_up_dials(shared)
         errors = [error(seen, self.options, self.dials[unit].shifts) for unit, seen in shared.items()]
         if max(errors, default=0.0) <= self.options.tol / 2:
             return False
@@ -180,6 +183,13 @@ class Correction:
             self.dials[unit].turn(position)
             unit.n_iter += 1
         return True
+
+
+def _hopeless(seen: Moments) -> str:
+    """Why an output can't be scaled, if so."""
+    if not bool(seen.std.isfinite().all()):
+        return "non-finite output"
+    return "" if bool((seen.std > 0).all()) else "constant output"
 
 
 def _first(output: Any) -> Tensor:
