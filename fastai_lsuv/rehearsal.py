@@ -6,7 +6,7 @@ import random
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -171,7 +171,7 @@ class Rehearsal:
             norm.training = True
         torch.clear_autocast_cache()
         args, kwargs = copied(self.call)
-        with torch.no_grad():
+        with torch.no_grad(), _eagerly():
             self.model(*args, **kwargs)
         self.n_forward += 1
 
@@ -200,7 +200,7 @@ class Rehearsal:
             state.restore()
             now.restore()
             args, kwargs = copied(call)
-            with torch.no_grad():
+            with torch.no_grad(), _eagerly():
                 return module(*args, **kwargs)
 
         try:
@@ -212,6 +212,12 @@ class Rehearsal:
             for m, kept in hooks:
                 m._forward_hooks = kept
             now.restore()
+
+
+def _eagerly() -> AbstractContextManager[Any]:
+    """Compiled modules run as plain ones: every hook fires, and nothing is compiled for the sake of three passes."""
+    set_stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
+    return set_stance("force_eager") if set_stance else nullcontext()
 
 
 def as_call(batch: Any) -> Call:

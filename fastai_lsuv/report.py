@@ -86,6 +86,8 @@ class LSUVReport(Sequence[Row]):
 
     def summary(self) -> str:
         """One line: how many units, worst mean and std before → after, seconds, what was skipped and why."""
+        if not self.rows:
+            return f"LSUV: nothing to correct, {self.seconds:.2f} s"
         done = [row for row in self.rows if row.status != "skipped"]
         only_measured = self.mean is None and self.std is None
         right = [row for row in done if row.status != "not_converged"]

@@ -90,6 +90,22 @@ def test_a_constant_channel_is_told_and_the_others_are_right():
     assert stds[3] == 0 and all(abs(s - 1) <= 1e-3 for i, s in enumerate(stds) if i != 3)
 
 
+@pytest.mark.parametrize('how', ['torch.compile', 'in place'])
+def test_compiled_models_are_corrected_without_compiling_anything(how):
+    net, x, compiled = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(32, 4), []
+    def backend(graph, inputs): compiled.append(graph); return graph.forward
+    if how == 'in place': net.compile(backend=backend)
+    report = lsuv_(net if how == 'in place' else torch.compile(net, backend=backend), x)
+    assert [row.status for row in report] == ['corrected', 'corrected'] and not compiled
+    assert all(abs(r.std - 1) <= 1e-3 and abs(r.mean) <= 1e-3 for r in audit(net, x))
+
+
+def test_a_model_with_nothing_to_correct():
+    with pytest.warns(UserWarning, match='nothing to correct'): report = lsuv_(nn.Sequential(nn.ReLU()), torch.randn(3, 4))
+    assert len(report) == 0 and report.converged
+    assert report.summary().startswith('LSUV: nothing to correct') and repr(report) == report.summary() and report._repr_html_()
+
+
 class Drawing(nn.Module):
     "Draws from all three streams, and says what it drew."
     def __init__(self): super().__init__(); self.drawn = []

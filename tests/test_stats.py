@@ -28,12 +28,11 @@ def agrees(x, rel=1e-4):
 def test_plain(dtype, shape): agrees(torch.randn(shape).mul(3).add(1).to(dtype))
 
 
-@pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('ratio', [10, 100, 1e4])
+# bfloat16 rounds the last of them to a constant
+@pytest.mark.parametrize(('dtype', 'ratio'), [(d, r) for d in DTYPES for r in (10, 100, 1e4) if (d, r) != (torch.bfloat16, 1e4)])
 def test_a_mean_that_dwarfs_the_std(dtype, ratio):
     "E[x²] − E[x]² loses everything here in single precision; the truth is that of the rounded values."
     x = (torch.randn(50_000).double() + ratio).to(dtype)
-    if truth(x)[2] == 0: pytest.skip('this dtype has rounded it to a constant')
     agrees(x, rel=3e-4)
 
 
