@@ -216,8 +216,9 @@ class Rehearsal:
 
 def _eagerly() -> AbstractContextManager[Any]:
     """Compiled modules run as plain ones: every hook fires, and nothing is compiled for the sake of three passes."""
-    set_stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
-    return set_stance("force_eager") if set_stance else nullcontext()
+    if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and to import it takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def as_call(batch: Any) -> Call:

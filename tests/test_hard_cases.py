@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # here, since its import sets warnings filters
 import torch.nn.functional as F
 from audit import audit, differences, fingerprint, parameter_bits, rng_print
 from fastai.callback.hook import hook_outputs
