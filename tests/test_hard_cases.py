@@ -13,7 +13,11 @@ from fastai.learner import Learner
 from torch import nn
 
 from fastai_lsuv import LSUVCallback, lsuv_
+from fastai_lsuv.block import correct_block
 from fastai_lsuv.demo import digits_dls, plain_cnn
+from fastai_lsuv.options import Options
+from fastai_lsuv.stats import moments
+from fastai_lsuv.units import Unit
 
 
 class Clamped(nn.Linear):
@@ -170,6 +174,21 @@ def test_one_bias_for_all_channels_cannot_go_by_channel():
     row, = lsuv_(nn.Sequential(OneBias()), torch.randn(32, 8), per_channel=True)
     assert (row.status, row.reason) == ('skipped', 'excluded by mode')
     assert lsuv_(nn.Sequential(OneBias()), torch.randn(32, 8)).converged
+
+
+class Turned:
+    "A dial that writes down its positions."
+    shifts = False
+    def __init__(self): self.position, self.past = torch.zeros(1, dtype=torch.float64), []
+    def image(self, seen): return self.position - seen.std.log()
+    def turn(self, position): self.position = position; self.past.append(position)
+
+
+def test_a_block_that_does_not_get_there_is_left_at_its_best_step():
+    stds, dial = iter([.8, .9, .6]), Turned()
+    run = lambda std=None: moments(torch.tensor([-1., 1.]).double() / 2**.5 * (std or next(stds)))
+    correct_block(Unit('block', nn.Identity(), None), dial, run(.5), run, Options(max_iter=3))
+    assert len(dial.past) == 4 and dial.position == dial.past[1]
 
 
 def test_a_shared_block_of_one_sign_keeps_its_mean_and_says_so():
