@@ -52,7 +52,7 @@ class LoadWatch:
     """Notes that weights were loaded into a model or any part of it.
 
     Hangs a hook on each module that has parameters, since `load_encoder` and the like load into a part. The hook
-    refers to no Learner, and a copied or pickled model carries a `noop` in its place.
+    refers to no Learner. A pickled model carries a `noop` in its place, a deep copy a watch of its own.
     """
 
     def __init__(self, model: nn.Module) -> None:

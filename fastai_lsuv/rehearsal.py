@@ -91,14 +91,13 @@ class Undo:
         self._tensors: dict[int, tuple[Tensor, Tensor]] = {}
         self._setters: dict[object, tuple[Callable[[Any], None], Any]] = {}
 
-    def remember(self, tensor: Tensor) -> Tensor:
-        """Keep the value of `tensor` if this is the first time, and return the kept one."""
+    def remember(self, tensor: Tensor) -> None:
+        """Keep the value of `tensor`, if this is the first time."""
         if id(tensor) not in self._tensors:
             self._tensors[id(tensor)] = (tensor, tensor.detach().clone())
-        return self._tensors[id(tensor)][1]
 
     def remember_value(self, key: object, value: Any, setter: Callable[[Any], None]) -> Any:
-        """The same for a value that is no tensor, put back by calling `setter` with it."""
+        """Keep a value that `setter` puts back, if this is the first time; returns the kept one."""
         return self._setters.setdefault(key, (setter, value))[1]
 
     def take_back(self, tensor: Tensor) -> bool:

@@ -118,10 +118,10 @@ class _Watch:
 
     def _probe(self, module: nn.Module, parameters: list[Tensor], call: Any, mixing: bool) -> Carriers | None:
         contains_layers = any(m in self.calls and self._is_layer(m) for m in module.modules() if m is not module)
-        attempts = [small_noise(call, samples=1 if contains_layers else 2)]
-        if not contains_layers:  # to run those on the whole batch would cost as much as a pass
-            attempts.append(call)
         with self.rehearsal.replay(module, unseen=True) as run:
+            attempts = [small_noise(call, samples=1 if contains_layers else 2)]
+            if not contains_layers:  # to run those on the whole batch would cost as much as a pass
+                attempts.append(call)
             for inputs in attempts:
                 # a module may refuse fewer samples or other values, in ways of its own
                 with suppress(Exception):
