@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -13,46 +14,72 @@ from fastai.data.load import DataLoader
 from fastai.torch_core import get_random_states, set_random_states
 from torch.utils.data import DataLoader as TorchDataLoader
 
+from fastai_lsuv.ranks import Ranks
+from fastai_lsuv.replay import Replay
+
 if TYPE_CHECKING:
     from fastai.learner import Learner
 
 
-def inputs_of(
+@contextmanager
+def as_fed(
     learn: Learner,
     batch: Any = None,  # a batch as the DataLoaders give it, `(xb, yb)`; `None` takes one from `learn.dls.train`
-) -> tuple[Any, ...]:
-    """The inputs of one training batch, split and moved as the Learner does it.
+    begun: float = -math.inf,  # callbacks of a smaller order have had their `before_fit`
+    ranks: Ranks | None = None,  # where each is to have a batch of its own
+) -> Iterator[tuple[Any, ...]]:
+    """The inputs of one training batch as the model will be fed them, for a `with` block in the training's autocast.
 
-    Random streams, the DataLoader and the Learner's own `xb` and `yb` are afterwards as before.
+    Split and moved as the Learner does it, and rewritten as other callbacks will in `before_batch`. Random streams,
+    the DataLoader, the callbacks and the Learner are as before.
 
     Raises:
         ValueError: the DataLoader has no batch.
         TypeError: `batch` is no tuple or list.
     """
-    if batch is None:
-        batch = one_batch(learn.dls.train)
-    elif not isinstance(batch, (tuple, list)):
-        raise TypeError(f"batch is a {type(batch).__name__}: expected a tuple as the DataLoaders give it, (xb, yb)")
-    with _kept_attributes(learn, "xb", "yb"):
-        learn._split(learn._set_device(batch))
-        return tuple(learn.xb)
+    with _kept_random_states(), ExitStack() as stack:
+        if batch is None:
+            batch = _one_batch(learn.dls.train, ranks)
+        elif not isinstance(batch, (tuple, list)):
+            raise TypeError(f"batch is a {type(batch).__name__}: expected a tuple as the DataLoaders give it, (xb, yb)")
+        replay = Replay(learn, learn._set_device(batch), begun)
+        inputs = replay.inputs()
+        for autocast in replay.autocasts():
+            stack.enter_context(autocast)
+        yield inputs
 
 
-def one_batch(dl: Iterable[Any]) -> Any:
-    """The batch that a training loop over `dl` would see first, fetched in this process.
+def _one_batch(dl: Iterable[Any], ranks: Ranks | None = None) -> Any:
+    """The batch that a training loop over `dl` would see first (on this rank), fetched in this process.
 
     Raises:
         ValueError: there is none.
     """
-    states = get_random_states()
-    try:
-        with _untouched(dl):
-            batch = next(iter(_single_process(dl)), None)
-    finally:
-        set_random_states(**states)
+    with _untouched(dl):
+        batch = next(iter(_share(_single_process(dl), ranks)), None)
     if batch is None:
         raise ValueError(f"{type(dl).__name__} has no batch: is it empty, or smaller than a batch with `drop_last`?")
     return batch
+
+
+@contextmanager
+def _kept_random_states() -> Iterator[None]:
+    states = get_random_states()
+    try:
+        yield
+    finally:
+        set_random_states(**states)
+
+
+def _share(dl: Iterable[Any], ranks: Ranks | None) -> Iterable[Any]:
+    """A view of a DataLoader that gives each rank its own part, as training on several does."""
+    if ranks is None or ranks.size == 1:
+        return dl
+    from fastai.distributed import DistributedDL  # noqa: PLC0415  (there only with accelerate)
+
+    share = DistributedDL(dl, ranks.rank, ranks.size)
+    share._broadcast = lambda indices, _: ranks.first("indices", indices)  # ends all if one fails; on any device
+    return share
 
 
 def _single_process(dl: Iterable[Any]) -> Iterable[Any]:
@@ -68,7 +95,8 @@ def _single_process(dl: Iterable[Any]) -> Iterable[Any]:
 
 @contextmanager
 def _untouched(dl: Iterable[Any]) -> Iterator[None]:
-    """Generators of the DataLoader itself, and what fastai's notes on it while it runs, as before."""
+    """Generators and lists of the DataLoader itself, and what fastai's notes on it while it runs, as before."""
+    lists = [(items, list(items)) for items in _lists(dl)]
     generators = _generators(dl)
     states = [g.get_state() for g in generators]
     rng = getattr(dl, "rng", None)
@@ -86,8 +114,17 @@ def _untouched(dl: Iterable[Any]) -> Iterator[None]:
             dl.fake_l.num_workers = workers  # type: ignore[attr-defined]
             vars(dl).clear()
             vars(dl).update(attributes)
+        for items, kept in lists:
+            items[:] = kept
         if rng_state is not None:
             rng.setstate(rng_state)  # type: ignore[union-attr]
+
+
+def _lists(dl: Any) -> list[list[Any]]:
+    """Lists that the loader and its parts hold, which may be shuffled in place (`LMDataLoader`)."""
+    parts = [vars(o) for o in vars(dl).values() if hasattr(o, "__dict__")] if hasattr(dl, "__dict__") else []
+    found = [value for values in parts for value in values.values() if isinstance(value, list)]
+    return list({id(items): items for items in found}.values())
 
 
 def _generators(dl: Any) -> list[torch.Generator]:
@@ -98,14 +135,3 @@ def _generators(dl: Any) -> list[torch.Generator]:
         for o in (dl, getattr(dl, "sampler", None), batches, getattr(batches, "sampler", None))
     ]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
-
-
-@contextmanager
-def _kept_attributes(obj: object, *names: str) -> Iterator[None]:
-    kept = {name: vars(obj)[name] for name in names if name in vars(obj)}
-    try:
-        yield
-    finally:
-        for name in names:
-            vars(obj).pop(name, None)
-        vars(obj).update(kept)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from fastai_lsuv.options import Options
+from fastai_lsuv.ranks import Ranks
 from fastai_lsuv.solver import Broyden, Dial
 from fastai_lsuv.stats import Moments
 from fastai_lsuv.units import Unit
@@ -20,9 +21,10 @@ _NO_EFFECT = 0.05
 _LARGEST_FACTOR = math.log(4.0)
 
 
-def one_sided(y: Tensor, seen: Moments) -> bool:
+def one_sided(unit: Unit, y: Tensor, seen: Moments, ranks: Ranks) -> bool:
     """Whether an output has one sign only, or nearly (GELU): centring it would switch nearly all of it off."""
-    return min(-float(y.min()), float(y.max())) < 0.5 * float(seen.std)
+    low, high = ranks.extremes(unit.name, y.min(), y.max())
+    return min(-float(low), float(high)) < 0.5 * float(seen.std)
 
 
 def error(seen: Moments, options: Options, centred: bool) -> float:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from types import FrameType
 from typing import Any
 
+import torch.distributed as dist
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
-from fastai_lsuv.batch import inputs_of
+from fastai_lsuv.batch import as_fed
 from fastai_lsuv.evidence import LoadWatch, copied, signs_of_training
-from fastai_lsuv.lsuv import lsuv_
+from fastai_lsuv.lsuv import lsuv_, run
 from fastai_lsuv.options import Options
+from fastai_lsuv.ranks import Ranks, Together
 from fastai_lsuv.report import LSUVReport, few
 
 
@@ -65,13 +68,14 @@ class LSUVCallback(Callback):
         assert learn is not None
         if not _came_through_fit(learn):
             return
-        if _has_had_lsuv(learn):
-            self._tell_of_thawed_layers(learn)
-        elif sign := self._sign(learn):
-            self._say_once(f"LSUV: not run, because {sign}; learn.lsuv_init() would do it all the same")
-        else:
-            self.report = learn.lsuv_report = learn.lsuv_init(self.batch, **self.options)
-            self._say(self.report.summary())
+        with _ranks_of(learn) as ranks:
+            if ranks.first("whether LSUV has run", _has_had_lsuv(learn)):
+                self._tell_of_thawed_layers(learn)
+            elif sign := ranks.first("whether it is fresh", self._sign(learn)):
+                self._say_once(f"LSUV: not run, because {sign}; learn.lsuv_init() would do it all the same")
+            else:
+                self.report = _initialise(learn, self.batch, self.options, ranks, begun=self.order)
+                self._say(self.report.summary())
         self._stop_watching()
 
     def _sign(self, learn: Learner) -> str | None:
@@ -102,7 +106,7 @@ class LSUVCallback(Callback):
         self.told = True
 
     def _say(self, text: str) -> None:
-        if self.verbose:
+        if self.verbose and _ranks_of(self._learn).rank == 0:
             print(text)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,11 +127,27 @@ def lsuv_init(
     **kwargs: Any,
 ) -> LSUVReport:
     """Initialise the model by LSUV now, whatever state it is in; see `lsuv_`. The report is in `lsuv_report`, too."""
-    options = Options.of("lsuv_init", kwargs)
-    report = lsuv_(self.model, inputs_of(self, batch), **kwargs)
-    if not options.only_measures:  # a diagnosis is no initialisation
-        self.lsuv_report = report
+    with _ranks_of(self) as ranks:
+        Options.of("lsuv_init", kwargs)
+        self.model.to(getattr(self.dls, "device", None))  # as every fit and validation does
+        return _initialise(self, batch, kwargs, ranks)
+
+
+def _initialise(
+    learn: Learner, batch: Any, options: dict[str, Any], ranks: Ranks, begun: float = -math.inf
+) -> LSUVReport:
+    checked = Options(**options)
+    with as_fed(learn, batch, begun, ranks) as inputs:
+        report = run(learn.model, inputs, checked, ranks)
+    if not checked.only_measures:  # a diagnosis is no initialisation
+        learn.lsuv_report = report
     return report
+
+
+def _ranks_of(learn: Learner) -> Ranks:
+    """All processes that train this Learner's model, if fastai's `DistributedTrainer` says that there are several."""
+    several = "distributed_trainer" in vars(learn) and dist.is_available() and dist.is_initialized()
+    return Together(next(learn.model.parameters()).device) if several else Ranks()
 
 
 def _has_had_lsuv(learn: Learner) -> bool:

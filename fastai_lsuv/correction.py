@@ -69,10 +69,17 @@ class Correction:
             return self._probed(unit, y, self.inputs.pop(module))
         return _with_first(output, y, self._single(unit, y))
 
+    def _moments(self, unit: Unit, y: Tensor) -> Moments:
+        own = moments(y, unit.channel_dim(y, self.options.per_channel and not unit.is_block))
+        return self.rehearsal.ranks.moments(unit.name, own)
+
+    def _one_sided(self, unit: Unit, y: Tensor, seen: Moments) -> bool:
+        return one_sided(unit, y, seen, self.rehearsal.ranks)
+
     # one exact step, for a layer that is called once
 
     def _single(self, unit: Unit, y: Tensor) -> Tensor:
-        step = one_step(unit, y, self.options)
+        step = one_step(unit, y, self._moments(unit, y), self.options, self.rehearsal.ranks)
         for p in unit.parameters:
             self.rehearsal.undo.remember(p)
         correct(unit, step.scale, step.shift)
@@ -115,7 +122,7 @@ class Correction:
         with self.rehearsal.replay(unit.module) as run:
             output = run(call)
         corrected = _first(output)
-        seen = moments(corrected, unit.channel_dim(corrected, self.options.per_channel))
+        seen = self._moments(unit, corrected)
         changed = bool(self.flags[unit][0])
         if not changed or self.options.per_channel or error(seen, self.options, unit.can_shift) <= _HAD_ITS_EFFECT:
             return output
@@ -129,15 +136,15 @@ class Correction:
     # a block that is called once: it is run again, alone, until it is right
 
     def _block(self, unit: Unit, y: Tensor, call: Call) -> Any:
-        seen = moments(y)
+        seen = self._moments(unit, y)
         if reason := _hopeless(seen):
             self.hopeless[unit] = reason
             return None
-        shifts = unit.can_shift and (unit.shift is not None or not one_sided(y, seen))
+        shifts = unit.can_shift and (unit.shift is not None or not self._one_sided(unit, y, seen))
         self._note_kept_mean(unit, shifts)
         dial = Dial(unit, self.options, self.rehearsal, shifts, seen)
         with self.rehearsal.replay(unit.module) as run:
-            correct_block(unit, dial, seen, lambda: moments(_first(run(call))), self.options)
+            correct_block(unit, dial, seen, lambda: self._moments(unit, _first(run(call))), self.options)
             return run(call) if unit.n_iter else None
 
     def _note_kept_mean(self, unit: Unit, shifts: bool) -> None:
@@ -150,9 +157,9 @@ class Correction:
         if self.first_pass and unit not in self.pooled and not unit.is_block and not self._was_right(unit):
             y, first = self._single(unit, y), y  # a good start for the calls that follow
             output = _with_first(output, first, y)
-        now = moments(y, unit.channel_dim(y, self.options.per_channel))
+        now = self._moments(unit, y)
         self.pooled[unit] = self.pooled[unit].merge(now) if unit in self.pooled else now
-        self.one_sided[unit] = unit.is_block and one_sided(y, now) and self.one_sided.get(unit, True)
+        self.one_sided[unit] = unit.is_block and self._one_sided(unit, y, now) and self.one_sided.get(unit, True)
         return output
 
     def _was_right(self, unit: Unit) -> bool:

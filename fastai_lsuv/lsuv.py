@@ -14,11 +14,13 @@ from torch.utils._pytree import tree_leaves
 
 from fastai_lsuv.block import is_right
 from fastai_lsuv.correction import Correction
+from fastai_lsuv.errors import add_to_message
 from fastai_lsuv.hooks import hooked
 from fastai_lsuv.modules import Choice
 from fastai_lsuv.options import Options
 from fastai_lsuv.probe import first_tensor
-from fastai_lsuv.rehearsal import Rehearsal, Undo, add_to_message
+from fastai_lsuv.ranks import Ranks
+from fastai_lsuv.rehearsal import Rehearsal
 from fastai_lsuv.report import LSUVReport, Row
 from fastai_lsuv.stats import Moments, moments
 from fastai_lsuv.step import EXACT
@@ -56,19 +58,25 @@ def lsuv_(
             bit-for-bit what it was.
     """
     options = Options(mean, std, per_channel, modules, exclude, init, tol, max_iter)
+    return run(model, batch, options, Ranks())
+
+
+def run(model: nn.Module, batch: Any, options: Options, ranks: Ranks) -> LSUVReport:
+    """`lsuv_` on one process or on several, each with a batch of its own; on several, inside `with ranks`."""
     started = time.perf_counter()
     _check(model, batch)
-    with Rehearsal(model, batch) as rehearsal:
-        units = survey(rehearsal, modules, exclude, per_channel)
+    with Rehearsal(model, batch, ranks) as rehearsal:
+        units = survey(rehearsal, options.modules, options.exclude, options.per_channel)
         if not units:
-            warnings.warn(f"{type(model).__name__} has nothing to correct: no affine layer", stacklevel=2)
+            warnings.warn(f"{type(model).__name__} has nothing to correct: no affine layer", stacklevel=3)
         if not options.only_measures:
             for unit in units:
-                _reinitialise(unit, options, rehearsal.undo)
+                _reinitialise(unit, options, rehearsal)
             Correction(rehearsal, units, options).run()
         _observe(rehearsal, units, options)
+        ranks.finish()
     rows = [_row(unit, options) for unit in units]
-    return LSUVReport(rows, rehearsal.n_forward, time.perf_counter() - started, mean=mean, std=std)
+    return LSUVReport(rows, rehearsal.n_forward, time.perf_counter() - started, options.mean, options.std)
 
 
 def _check(model: nn.Module, batch: Any) -> None:
@@ -82,10 +90,11 @@ def _check(model: nn.Module, batch: Any) -> None:
             raise ValueError(f"the batch has NaN or infinity in an input of shape {tuple(x.shape)}")
 
 
-def _reinitialise(unit: Unit, options: Options, undo: Undo) -> None:
+def _reinitialise(unit: Unit, options: Options, rehearsal: Rehearsal) -> None:
     """Apply `init`, in fp32 and without gradients, to the weights of a unit that will be corrected."""
     if options.init is None or unit.status or unit.carriers is None:
         return
+    undo = rehearsal.undo
     with torch.no_grad():
         for weight in unit.carriers.matrices:
             if weight.count_nonzero():  # zeros are there on purpose
@@ -102,6 +111,7 @@ def _reinitialise(unit: Unit, options: Options, undo: Undo) -> None:
         if unit.carriers.bias is not None and unit.carriers.weight.count_nonzero():
             undo.remember(unit.carriers.bias)
             unit.carriers.bias.zero_()
+    rehearsal.ranks.share(unit.name, unit.touched, undo.remember)  # each rank has random numbers of its own
 
 
 def _observe(rehearsal: Rehearsal, units: list[Unit], options: Options) -> None:
@@ -115,7 +125,7 @@ def _observe(rehearsal: Rehearsal, units: list[Unit], options: Options) -> None:
     def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if (y := first_tensor(output)) is not None:
             unit = by_module[module]
-            now = moments(y, unit.channel_dim(y, options.per_channel))
+            now = rehearsal.ranks.moments(unit.name, moments(y, unit.channel_dim(y, options.per_channel)))
             unit.after = unit.after.merge(now) if unit.after else now
 
     with hooked(dict.fromkeys((unit.module for unit in units if unit.before), see)):

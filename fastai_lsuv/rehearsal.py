@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from fastai_lsuv.errors import name_module_at_work
+from fastai_lsuv.ranks import Ranks
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a forward
 
 
@@ -125,20 +128,28 @@ class Rehearsal:
     Eval mode, but normalisation layers use the batch's statistics as they will in training; no gradients. Every pass
     starts from the same random state, buffers and attributes, and at the end all of them are as before. If the block
     is left by an exception, parameters noted in `undo` are rolled back, and the error names the module at work.
+    Of several ranks all begin with the parameters and buffers of rank 0.
     """
 
-    def __init__(self, model: nn.Module, batch: Any) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, batch: Any, ranks: Ranks | None = None) -> None:
+        self.model, self.ranks = model, ranks or Ranks()
         self.call = as_call(batch)
-        self.undo = Undo()
+        self.undo, self._own = Undo(), Undo()  # of what is corrected, of what other ranks had
         self.n_forward = 0  # whole-model passes so far
         self._states: list[ModuleState] = []  # of the model, and of a module that runs again
         self.replaying = False  # a single module is being run again: hooks must not count that as a call
 
     def __enter__(self) -> Rehearsal:
+        try:
+            weights = [*self.model.parameters(), *self.model.buffers()]
+            self.ranks.share("parameters and buffers", weights, self._own.remember)
+        except BaseException:
+            self._own.rollback()
+            raise
         self._random, self._state = RandomState(), ModuleState(self.model)
         self._states = [self._state]
         self._fastpath = torch.backends.mha.get_fastpath_enabled()
+        self._cache = torch.is_autocast_cache_enabled()
         try:
             self._norms = _norms_of_training(self.model)
         finally:
@@ -147,11 +158,15 @@ class Rehearsal:
             n.register_forward_pre_hook(_one_value_a_channel_uses_running_statistics, prepend=True) for n in self._norms
         ]
         torch.backends.mha.set_fastpath_enabled(False)  # training doesn't take it, nor its nested tensors
+        torch.set_autocast_cache_enabled(False)  # it would hand out casts of weights as they were before a step
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         with ExitStack() as stack:  # last in, first out, and each whatever becomes of the others
-            stack.callback(torch.clear_autocast_cache)  # the casts it holds are of weights that have changed
+            if error is not None:
+                stack.callback(self._own.rollback)
+            stack.callback(torch.clear_autocast_cache)  # an enclosing autocast's is of weights that have changed
+            stack.callback(torch.set_autocast_cache_enabled, self._cache)
             stack.callback(torch.backends.mha.set_fastpath_enabled, self._fastpath)
             stack.callback(self._random.restore)
             stack.callback(self._state.restore, adopted=error is None)
@@ -168,7 +183,6 @@ class Rehearsal:
         self.model.eval()
         for norm in self._norms:
             norm.training = True
-        torch.clear_autocast_cache()
         args, kwargs = copied(self.call)
         with torch.no_grad(), _eagerly():
             self.model(*args, **kwargs)
@@ -255,28 +269,3 @@ def _one_value_a_channel_uses_running_statistics(norm: nn.Module, args: tuple[An
 def _channel_groups(norm: nn.Module, x: Tensor) -> int:
     per_sample = isinstance(norm, nn.modules.instancenorm._InstanceNorm)
     return x.shape[0] * x.shape[1] if per_sample else x.shape[1]
-
-
-def name_module_at_work(error: BaseException, model: nn.Module) -> None:
-    """Add the innermost module of `model` in the error's traceback to its message, once."""
-    names = {module: name for name, module in model.named_modules()}
-    at_work, step = None, error.__traceback__
-    while step is not None:
-        owner = step.tb_frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and owner in names:
-            at_work = owner
-        step = step.tb_next
-    if at_work is None:
-        return
-    where = f"`{names[at_work]}` ({type(at_work).__name__})" if names[at_work] else f"the {type(at_work).__name__}"
-    add_to_message(error, f"LSUV stopped in {where}; the model is as it was")
-
-
-def add_to_message(error: BaseException, text: str) -> None:
-    """Put a line behind the message of an error, whose type and other arguments stay."""
-    args = list(error.args) or [""]
-    where = next((i for i, arg in enumerate(args) if isinstance(arg, str)), 0)  # OSError: a number, then the message
-    args[where] = f"{args[where]}\n{text}".lstrip()
-    error.args = tuple(args)
-    if isinstance(error, OSError) and error.strerror:
-        error.strerror = f"{error.strerror}\n{text}"

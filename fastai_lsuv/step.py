@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastai_lsuv.modules import is_known_affine
 from fastai_lsuv.options import Options
-from fastai_lsuv.stats import Moments, moments
+from fastai_lsuv.ranks import Ranks
+from fastai_lsuv.stats import Moments
 from fastai_lsuv.units import Unit
 
 EXACT = 1e-3  # |mean - wanted| and |std - wanted| of an affine layer in a clean pass
@@ -23,16 +24,16 @@ class Step(NamedTuple):
     flags: Tensor  # changed, constant, not finite: each for any channel; and the largest |mean| / std
 
 
-def one_step(unit: Unit, y: Tensor, options: Options) -> Step:
-    """The exact step for an affine unit: W/s and (b - m)/s turn y = Wx + b into (y - m)/s.
+def one_step(unit: Unit, y: Tensor, seen: Moments, options: Options, ranks: Ranks) -> Step:
+    """The exact step for an affine unit with output `y`: W/s and (b - m)/s turn y = Wx + b into (y - m)/s.
 
-    Decided on the device, without waiting for it: where nothing is to be done, the step is 1 and 0.
+    `seen` are the moments of y, on all ranks together. Decided on the device, without waiting for it: where nothing
+    is to be done, the step is 1 and 0.
     """
-    seen = moments(y, unit.channel_dim(y, options.per_channel))
     shifts = unit.can_shift and options.mean is not None
     mean, std = options.mean or 0.0, options.std
     finite = seen.mean.isfinite() & seen.std.isfinite()
-    constant = finite & is_constant(unit, y, seen)
+    constant = finite & is_constant(unit, y, seen, ranks)
     near = ((seen.std - std).abs() <= EXACT / 2) if std is not None else torch.ones_like(finite)
     if shifts:
         near = near & ((seen.mean - mean).abs() <= EXACT / 2)
@@ -44,7 +45,7 @@ def one_step(unit: Unit, y: Tensor, options: Options) -> Step:
     return Step(torch.where(change, scale, 1.0), torch.where(change, shift, 0.0), flags)
 
 
-def is_constant(unit: Unit, y: Tensor, seen: Moments) -> Tensor:
+def is_constant(unit: Unit, y: Tensor, seen: Moments, ranks: Ranks) -> Tensor:
     """Whether the output (of a channel) doesn't depend on the input: no spread, or only that of the bias."""
     eps = torch.finfo(y.dtype).eps
     flat = seen.std <= eps * seen.mean.abs()
@@ -55,7 +56,7 @@ def is_constant(unit: Unit, y: Tensor, seen: Moments) -> Tensor:
     if y.device.type == "cpu" and not bool(only_bias):
         return flat  # the usual case, without the look at every value
     y = y.detach().as_subclass(Tensor)
-    return flat | (only_bias & (y == y[:1]).all())
+    return flat | (only_bias & ranks.every(unit.name, (y == y[:1]).all()))
 
 
 def _near(a: Tensor, b: Tensor, rtol: float) -> Tensor:

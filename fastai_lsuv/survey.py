@@ -40,7 +40,12 @@ def survey(rehearsal: Rehearsal, modules: Choice, exclude: Choice, per_channel: 
     units = list(watch.units())
     mark_frozen(units)
     mark_tied(rehearsal.model, units)
+    rehearsal.ranks.agree("what can be corrected", [_outline(unit) for unit in units])
     return units
+
+
+def _outline(unit: Unit) -> tuple[object, ...]:
+    return unit.name, unit.n_calls, unit.is_block, unit.reason, unit.status, [tuple(p.shape) for p in unit.touched]
 
 
 def any_parameters(module: nn.Module) -> bool:
@@ -91,7 +96,8 @@ class _Watch:
     def _measure(self, module: nn.Module, y: Tensor) -> None:
         carriers = self._carriers(module)
         by_channel = self.per_channel and carriers is not None and carriers.channel_dim is not None
-        now = moments(y, carriers.channel_dim(y) if by_channel else None)  # type: ignore[union-attr,misc]
+        own = moments(y, carriers.channel_dim(y) if by_channel else None)  # type: ignore[union-attr,misc]
+        now = self.rehearsal.ranks.moments(self.names[module], own)
         self.eps[module] = torch.finfo(y.dtype).eps
         self.moments[module] = self.moments[module].merge(now) if module in self.moments else now
 

@@ -9,8 +9,8 @@ import pytest
 import fastai_lsuv
 
 PACKAGE = Path(fastai_lsuv.__file__).parent
-ORDER = ['stats', 'modules', 'options', 'probe', 'hooks', 'rehearsal', 'units', 'survey', 'solver', 'step', 'block', 'correction',
-         'plots', 'report', 'lsuv', 'evidence', 'batch', 'callback', 'demo']
+ORDER = ['errors', 'stats', 'ranks', 'modules', 'options', 'probe', 'hooks', 'rehearsal', 'units', 'survey', 'solver', 'step', 'block', 'correction',
+         'plots', 'report', 'lsuv', 'evidence', 'replay', 'batch', 'callback', 'demo']
 NO_FASTAI = [*ORDER[:ORDER.index('correction') + 1], 'lsuv']
 ROOMS = sorted(p.stem for p in PACKAGE.glob('*.py') if not p.stem.startswith('__'))
 

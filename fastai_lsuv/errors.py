@@ -1,0 +1,30 @@
+"""What an error says of where it happened."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def name_module_at_work(error: BaseException, model: nn.Module) -> None:
+    """Add the innermost module of `model` in the error's traceback to its message, once."""
+    names = {module: name for name, module in model.named_modules()}
+    at_work, step = None, error.__traceback__
+    while step is not None:
+        owner = step.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and owner in names:
+            at_work = owner
+        step = step.tb_next
+    if at_work is None:
+        return
+    where = f"`{names[at_work]}` ({type(at_work).__name__})" if names[at_work] else f"the {type(at_work).__name__}"
+    add_to_message(error, f"LSUV stopped in {where}; the model is as it was")
+
+
+def add_to_message(error: BaseException, text: str) -> None:
+    """Put a line behind the message of an error, whose type and other arguments stay."""
+    args = list(error.args) or [""]
+    where = next((i for i, arg in enumerate(args) if isinstance(arg, str)), 0)  # OSError: a number, then the message
+    args[where] = f"{args[where]}\n{text}".lstrip()
+    error.args = tuple(args)
+    if isinstance(error, OSError) and error.strerror:
+        error.strerror = f"{error.strerror}\n{text}"
