@@ -12,6 +12,8 @@ from fastai.learner import SkipToEpoch
 from fastcore.basics import noop
 from torch import nn
 
+from fastai_lsuv.modules import open_modules
+
 if TYPE_CHECKING:
     from fastai.learner import Learner
 
@@ -58,7 +60,7 @@ class LoadWatch:
     def __init__(self, model: nn.Module) -> None:
         self.loaded = False
         self.handles = [
-            m.register_load_state_dict_post_hook(self) for m in model.modules() if m._parameters or m._buffers
+            m.register_load_state_dict_post_hook(self) for m in open_modules(model) if m._parameters or m._buffers
         ]
 
     def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:

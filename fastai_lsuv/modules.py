@@ -7,6 +7,7 @@ import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 Choice: TypeAlias = (
@@ -35,6 +36,16 @@ def is_known_affine(module: nn.Module) -> bool:
         and own.get("weight") is not None
         and "bias" in own
     )
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether TorchScript runs the module: no hook of it fires, and its insides are out of Python's reach."""
+    return isinstance(module, torch.jit.ScriptModule)
+
+
+def open_modules(root: nn.Module) -> list[nn.Module]:
+    """All modules but scripted ones."""
+    return [m for m in root.modules() if not is_scripted(m)]
 
 
 def _computes_as(module: nn.Module, base: type[nn.Module]) -> bool:

@@ -125,11 +125,12 @@ class Together(Ranks):
         self.agree(label, [(tuple(t.shape), str(t.dtype)) for t in tensors])
         with torch.no_grad():
             for tensor in tensors:
+                if self.rank:
+                    remember(tensor)
                 value = tensor.detach().contiguous()
                 raw = value.reshape(-1).view(torch.uint8).to(self.device)  # bytes: no backend knows all dtypes
                 dist.broadcast(raw, src=0)
                 if self.rank:
-                    remember(tensor)
                     tensor.copy_(raw.to(tensor.device).view(value.dtype).reshape(tensor.shape))
 
     def agree(self, label: str, what: object) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fastai_lsuv.errors import name_module_at_work
+from fastai_lsuv.modules import is_scripted, open_modules
 from fastai_lsuv.ranks import Ranks
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a forward
@@ -52,7 +53,8 @@ class ModuleState:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self.modules = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in _open_modules(root)]
+        self.modules = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in open_modules(root)]
+        self.scripted = [(m, m.training) for m in root.modules() if is_scripted(m)]
         self.values = [(buffer, buffer.clone()) for buffer in root.buffers()]
         self.wanted: list[tuple[dict[str, Any], str, Any]] = []  # attributes that were changed on purpose
 
@@ -69,6 +71,8 @@ class ModuleState:
             _put_back(vars(module), attributes)
             _put_back(module._parameters, parameters)
             _put_back(module._buffers, buffers)
+        for module, training in self.scripted:
+            module.training = training
         with torch.no_grad():  # batch norm updates its statistics without a trace in their `_version`
             for buffer, value in self.values:
                 buffer.copy_(value)
@@ -155,7 +159,9 @@ class Rehearsal:
         finally:
             self._state.restore()
         self._singles = [
-            n.register_forward_pre_hook(_one_value_a_channel_uses_running_statistics, prepend=True) for n in self._norms
+            n.register_forward_pre_hook(_one_value_a_channel_uses_running_statistics, prepend=True)
+            for n in self._norms
+            if not is_scripted(n)
         ]
         torch.backends.mha.set_fastpath_enabled(False)  # training doesn't take it, nor its nested tensors
         torch.set_autocast_cache_enabled(False)  # it would hand out casts of weights as they were before a step
@@ -202,7 +208,7 @@ class Rehearsal:
         Meant for a hook in the middle of a pass; the pass goes on from where it was. With `unseen`, no forward hook
         inside the module sees it: the user's keep what they have of the pass.
         """
-        hooks = [(m, m._forward_hooks) for m in module.modules()] if unseen else []
+        hooks = [(m, m._forward_hooks) for m in open_modules(module)] if unseen else []
         for m, _ in hooks:
             m._forward_hooks = OrderedDict()
         now, state = RandomState(), ModuleState(module)
@@ -250,12 +256,8 @@ def copied(call: Call) -> Call:
 def _norms_of_training(model: nn.Module) -> list[nn.Module]:
     """Modules with running statistics that will use the batch's in training, models that freeze theirs respected."""
     model.train()
-    return [m for m in _open_modules(model) if m.training and {"running_mean", "running_var"} & m._buffers.keys()]
-
-
-def _open_modules(root: nn.Module) -> list[nn.Module]:
-    """All modules but scripted ones, whose insides are out of Python's reach."""
-    return [m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    statistics = {"running_mean", "running_var"}
+    return [m for m in model.modules() if m.training and statistics & dict(m.named_buffers(recurse=False)).keys()]
 
 
 def _one_value_a_channel_uses_running_statistics(norm: nn.Module, args: tuple[Any, ...]) -> None:

@@ -92,10 +92,12 @@ class Replay:
         vars(stand_in).update(vars(learn))
         shared = [learn.model, learn.dls, *learn.dls, *tree_leaves(_tensors_of(learn.opt))]
         memo: dict[int, Any] = {id(o): o for o in shared} | {id(learn): stand_in}
-        opt, copies = copy.deepcopy((learn.opt, callbacks), memo) if callbacks else (learn.opt, [])
+        copies = copy.deepcopy(callbacks, memo)
         new = {id(cb): c for cb, c in zip(callbacks, copies, strict=True)}
         vars(stand_in).update({name: new[id(o)] for name, o in vars(learn).items() if id(o) in new})
-        vars(stand_in).update(opt=opt, cbs=L(new.get(id(cb), cb) for cb in learn.cbs), training=True)
+        if any("opt" in code.co_names for cb in callbacks for code in _codes(cb, _EVENTS)):
+            vars(stand_in).update(opt=copy.deepcopy(learn.opt, memo))
+        vars(stand_in).update(cbs=L(new.get(id(cb), cb) for cb in learn.cbs), training=True)
         vars(stand_in).update(dl=learn.dls.train, iter=0, train_iter=0, pct_train=0.0, epoch=0)
         stand_in._split(apply(_cloned, self.batch))
         return stand_in, copies

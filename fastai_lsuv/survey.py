@@ -20,7 +20,9 @@ from fastai_lsuv.modules import (
     chosen,
     is_known_affine,
     is_pattern,
+    is_scripted,
     names_in,
+    open_modules,
     with_descendants,
 )
 from fastai_lsuv.probe import Carriers, find_carriers, first_tensor, known_carriers, small_noise
@@ -35,7 +37,7 @@ def survey(rehearsal: Rehearsal, modules: Choice, exclude: Choice, per_channel: 
     Units that were never called come last. Each unit holds the moments of its output in that pass.
     """
     watch = _Watch(rehearsal, modules, exclude, per_channel)
-    with hooked({m: watch.see for m in rehearsal.model.modules() if m in watch.wanted or any_parameters(m)}):
+    with hooked({m: watch.see for m in open_modules(rehearsal.model) if m in watch.wanted or any_parameters(m)}):
         rehearsal.forward()
     units = list(watch.units())
     mark_frozen(units)
@@ -138,7 +140,7 @@ class _Watch:
         """Its parameters and those of children whose forward has not run: it must use them itself, if anyone does."""
         yield from (p for p in module._parameters.values() if p is not None)
         for child in module.children():
-            if child not in self.calls:
+            if child not in self.calls and not is_scripted(child):
                 yield from self._own_parameters(child)
 
     def units(self) -> Iterator[Unit]:
@@ -149,8 +151,13 @@ class _Watch:
         units = [self._unit(module) for module in picked]
         used = {p for unit in units for p in unit.parameters}
         yield from units
+        inside_scripted = {inner for m in self.names if is_scripted(m) for inner in m.modules() if inner is not m}
         for module, name in self.names.items():
             if module in self.calls or module in self.excluded or not any_parameters(module):
+                continue
+            if is_scripted(module):
+                if module in self.wanted or (self.modules is None and module not in inside_scripted):
+                    yield Unit(name, module, None, status="skipped", reason="scripted")
                 continue
             adopted = any(p in used for p in module.parameters(recurse=False))
             if module in self.wanted or (self.modules is None and isinstance(module, AFFINE_TYPES) and not adopted):
