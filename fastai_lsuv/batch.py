@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from fastai.data.load import DataLoader
 from fastai.torch_core import get_random_states, set_random_states
+from fastcore.foundation import L
 from torch.utils.data import DataLoader as TorchDataLoader
 
 from fastai_lsuv.ranks import Ranks
@@ -122,9 +123,11 @@ def _untouched(dl: Iterable[Any]) -> Iterator[None]:
 
 def _lists(dl: Any) -> list[list[Any]]:
     """Lists that the loader and its parts hold, which may be shuffled in place (`LMDataLoader`)."""
-    parts = [vars(o) for o in vars(dl).values() if hasattr(o, "__dict__")] if hasattr(dl, "__dict__") else []
-    found = [value for values in parts for value in values.values() if isinstance(value, list)]
-    return list({id(items): items for items in found}.values())
+    if not hasattr(dl, "__dict__"):
+        return []
+    parts = [vars(dl), *(vars(o) for o in vars(dl).values() if hasattr(o, "__dict__"))]
+    held = [value.items if isinstance(value, L) else value for values in parts for value in values.values()]
+    return list({id(items): items for items in held if isinstance(items, list)}.values())
 
 
 def _generators(dl: Any) -> list[torch.Generator]:

@@ -1,0 +1,85 @@
+"""What only a GPU shows: its autocast, half-precision models, its memory formats, random streams and nccl."""
+import os
+
+import pytest
+import torch
+from audit import audit, moved, parameter_bits
+from fastai.vision.all import MixedPrecision  # noqa: F401  (with it `to_fp16` and its like)
+from learners import Spy, digits, learner, ran, small_cnn
+from torch import nn
+
+from fastai_lsuv import LSUVCallback, lsuv_
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')
+EPS = {torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+@pytest.fixture
+def dls(): return digits(device=torch.device('cuda'), shuffle=False)
+
+
+def near(records, eps): return all(abs(r.std - 1) <= 1e-3 + 4 * eps * max(1, abs(r.mean)) for r in records)
+
+
+@pytest.mark.parametrize('dtype', EPS)
+@pytest.mark.parametrize('norm', [None, nn.BatchNorm2d])
+def test_measured_under_the_training_s_autocast(dls, dtype, norm, tmp_path):
+    learn = learner(dls, small_cnn(norm), path=tmp_path, cbs=[LSUVCallback(), spy := Spy()])
+    learn = learn.to_fp16() if dtype == torch.float16 else learn.to_bf16()
+    x = next(iter(learn.dls.train))[0].as_subclass(torch.Tensor)
+    learn.fit(1)
+    assert ran(learn) and learn.lsuv_report.converged
+    fresh = small_cnn(norm).cuda()
+    with torch.autocast('cuda', dtype): lsuv_(fresh, x)
+    assert parameter_bits(fresh) == spy.states[0]
+    with torch.autocast('cuda', dtype): assert near(audit(fresh, x), EPS[dtype])
+
+
+def test_model_to_half(dls, tmp_path):
+    learn = learner(dls, path=tmp_path, cbs=LSUVCallback()).to_non_native_fp16()
+    learn.fit(1)
+    assert ran(learn) and learn.lsuv_report.converged
+    assert all(abs(row.std_after - 1) <= 1e-3 + 4 * EPS[torch.float16] for row in learn.lsuv_report)
+
+
+def test_channels_last_stays(dls, tmp_path):
+    learn = learner(dls, path=tmp_path, cbs=LSUVCallback()).to_channelslast(use_amp=False)
+    learn.fit(1)
+    assert ran(learn)
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in learn.model.parameters() if p.dim() == 4)
+
+
+def test_the_random_stream_of_the_device():
+    model = nn.Sequential(small_cnn(), nn.Dropout(.5)).cuda().train()
+    before = torch.cuda.get_rng_state()
+    lsuv_(model, torch.randn(32, 1, 8, 8, device='cuda'))
+    assert torch.equal(before, torch.cuda.get_rng_state())
+
+
+def test_the_cpu_and_the_gpu_agree():
+    models, x = [small_cnn(), small_cnn().cuda()], torch.randn(64, 1, 8, 8)
+    for model, inputs in zip(models, (x, x.cuda())): lsuv_(model, inputs)
+    for a, b in zip(*(m.parameters() for m in models)): torch.testing.assert_close(a, b.cpu(), rtol=1e-3, atol=1e-4)
+
+
+def test_lsuv_init_before_any_fit_moves_the_model(dls, tmp_path):
+    learn = learner(dls, path=tmp_path)
+    before = parameter_bits(learn.model)
+    learn.lsuv_init()
+    assert next(learn.model.parameters()).is_cuda
+    assert len(moved(before, learn.model)) == len(before)
+
+
+def test_messages_between_ranks_travel_by_nccl(dls, tmp_path, monkeypatch):
+    from fastai.distributed import DistributedTrainer
+    for name, value in dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0').items():
+        monkeypatch.setitem(os.environ, name, value)
+    torch.distributed.init_process_group('nccl', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        learn, alone = learner(dls, path=tmp_path, cbs=LSUVCallback()), learner(dls, path=tmp_path, cbs=LSUVCallback())
+        learn.add_cb(DistributedTrainer(sync_bn=False)).add_cb(spy := Spy())
+        alone.add_cb(spy_alone := Spy())
+        learn.fit(1)
+        alone.fit(1)
+        assert list(spy.states[0].values()) == list(spy_alone.states[0].values())
+    finally: torch.distributed.destroy_process_group()
