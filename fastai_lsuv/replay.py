@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
 from types import CodeType, FunctionType, MethodType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from fastai.callback.core import Callback
@@ -24,6 +24,8 @@ from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
     from fastai.learner import Learner
+
+T = TypeVar("T")
 
 _EVENTS = ("before_fit", "before_epoch", "before_train", "before_batch")
 _INPUTS = {"xb", "x"}  # as a callback calls them
@@ -88,17 +90,19 @@ class Replay:
 
     def _stand_in(self, callbacks: list[Callback]) -> tuple[Any, list[Callback]]:
         """A Learner of its own attributes, on the same model and data, and the callbacks' copies that belong to it."""
-        learn, stand_in = self.learn, object.__new__(type(self.learn))
-        vars(stand_in).update(vars(learn))
-        shared = [learn.model, learn.dls, *learn.dls, *tree_leaves(_tensors_of(learn.opt))]
-        memo: dict[int, Any] = {id(o): o for o in shared} | {id(learn): stand_in}
+        learn, stand_in = self.learn, _shallow_copy(self.learn)
+        stand_in.dls, loaders = _shallow_copy(learn.dls), [_shallow_copy(dl) for dl in learn.dls.loaders]
+        stand_in.dls.loaders = loaders
+        memo: dict[int, Any] = {id(o): o for o in (learn.model, *tree_leaves(_tensors_of(learn.opt)))}
+        memo |= {id(learn): stand_in, id(learn.dls): stand_in.dls}
+        memo |= {id(dl): new for dl, new in zip(learn.dls.loaders, loaders, strict=True)}
         copies = copy.deepcopy(callbacks, memo)
         new = {id(cb): c for cb, c in zip(callbacks, copies, strict=True)}
         vars(stand_in).update({name: new[id(o)] for name, o in vars(learn).items() if id(o) in new})
         if any("opt" in code.co_names for cb in callbacks for code in _codes(cb, _EVENTS)):
             vars(stand_in).update(opt=copy.deepcopy(learn.opt, memo))
         vars(stand_in).update(cbs=L(new.get(id(cb), cb) for cb in learn.cbs), training=True)
-        vars(stand_in).update(dl=learn.dls.train, iter=0, train_iter=0, pct_train=0.0, epoch=0)
+        vars(stand_in).update(dl=stand_in.dls.train, iter=0, train_iter=0, pct_train=0.0, epoch=0)
         stand_in._split(apply(_cloned, self.batch))
         return stand_in, copies
 
@@ -172,6 +176,13 @@ def _tensors_of(opt: Any) -> list[Any]:
         return []
     states = [getattr(o, "state", None) or {} for o in (opt, getattr(opt, "opt", None))]
     return [*(p for group in opt.param_lists for p in group), *(list(state.values()) for state in states)]
+
+
+def _shallow_copy(obj: T) -> T:
+    """An object of the same class with the same attributes; past `copy.copy`, which runs the class's own code."""
+    new = object.__new__(type(obj))
+    vars(new).update(vars(obj))
+    return new
 
 
 def _cloned(value: Any) -> Any:
