@@ -39,6 +39,7 @@ def survey(rehearsal: Rehearsal, modules: Choice, exclude: Choice, per_channel: 
     watch = _Watch(rehearsal, modules, exclude, per_channel)
     with hooked({m: watch.see for m in open_modules(rehearsal.model) if m in watch.wanted or any_parameters(m)}):
         rehearsal.forward()
+    watch.last_output = None
     units = list(watch.units())
     mark_frozen(units)
     mark_tied(rehearsal.model, units)
@@ -69,6 +70,7 @@ class _Watch:
     known: dict[Any, tuple[list[Tensor], Carriers | None]] = field(default_factory=dict)
     moments: dict[nn.Module, Moments] = field(default_factory=dict)
     eps: dict[nn.Module, float] = field(default_factory=dict)
+    last_output: Tensor | None = None  # a module that hands on what one inside it has put out is no layer of its own
 
     def __post_init__(self) -> None:
         model = self.rehearsal.model
@@ -83,10 +85,13 @@ class _Watch:
             return  # without an input it makes a weight for its parent: a parametrization
         self.calls[module] += 1
         self.order.append(module)
+        y = first_tensor(output)
         if module not in self.found:
-            self.found[module] = self._examine(module, (args, kwargs))
-        if self._is_judged(module) and (y := first_tensor(output)) is not None:
+            handed_on = y is not None and self.last_output is y and module not in self.wanted
+            self.found[module] = None if handed_on else self._examine(module, (args, kwargs))
+        if self._is_judged(module) and y is not None:
             self._measure(module, y)
+        self.last_output = y
 
     def _is_judged(self, module: nn.Module) -> bool:
         meant = module in self.wanted or (self.modules is None and self._is_layer(module))
