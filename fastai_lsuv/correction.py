@@ -30,6 +30,7 @@ class Correction:
         self.rehearsal, self.options = rehearsal, options
         self.units = {unit.module: unit for unit in units if not unit.status}
         self.inputs: dict[nn.Module, Call] = {}  # of modules that run again
+        self.first: dict[Unit, list[Tensor]] = {}  # weights of layers that the probe found, before their step
         self.dials: dict[Unit, Dial] = {}  # of shared units
         self.turned: list[Unit] = []  # units whose dials are being turned together
         self.solver = Broyden()
@@ -43,7 +44,7 @@ class Correction:
             self.hopeless: dict[Unit, str] = {}  # in this pass: the next one may see other inputs
             self.pooled: dict[Unit, Moments] = {}  # over the calls of each shared unit
             self.one_sided: dict[Unit, bool] = {}
-            run_again = [m for m, unit in self.units.items() if not unit.is_shared and not is_known_affine(m)]
+            run_again = [m for m, unit in self.units.items() if unit.is_block and not unit.is_shared]
             with hooked(dict.fromkeys(self.units, self._see), dict.fromkeys(run_again, self._keep_input)):
                 self.rehearsal.forward()
             self._read_flags()
@@ -65,8 +66,6 @@ class Correction:
             return self._shared(unit, output, y)
         if unit.is_block:
             return self._block(unit, y, self.inputs.pop(module))
-        if not is_known_affine(module):
-            return self._probed(unit, y, self.inputs.pop(module))
         return _with_first(output, y, self._single(unit, y))
 
     def _moments(self, unit: Unit, y: Tensor) -> Moments:
@@ -80,6 +79,8 @@ class Correction:
 
     def _single(self, unit: Unit, y: Tensor) -> Tensor:
         step = one_step(unit, y, self._moments(unit, y), self.options, self.rehearsal.ranks)
+        if not is_known_affine(unit.module) and unit not in self.first:
+            self.first[unit] = [p.detach().clone() for p in unit.parameters]
         for p in unit.parameters:
             self.rehearsal.undo.remember(p)
         correct(unit, step.scale, step.shift)
@@ -113,25 +114,27 @@ class Correction:
         changed = [self.rehearsal.undo.take_back(p) for p in unit.touched]
         return any(changed)
 
-    # a layer that the probe found: linear for the probe's noise, but is it so for this input?
+    # a layer that the probe found: linear for the probe's noise, but was it so for this input?
 
-    def _probed(self, unit: Unit, y: Tensor, call: Call) -> Any:
-        """The exact step, and then what the layer really puts out; a layer that it didn't put right is a block."""
-        before = [p.detach().clone() for p in unit.parameters]
-        self._single(unit, y)
-        with self.rehearsal.replay(unit.module) as run:
-            output = run(call)
-        corrected = _first(output)
-        seen = self._moments(unit, corrected)
-        changed = bool(self.flags[unit][0])
-        if not changed or self.options.per_channel or error(seen, self.options, unit.can_shift) <= _HAD_ITS_EFFECT:
-            return output
-        del self.flags[unit]
-        with torch.no_grad():
-            for p, value in zip(unit.parameters, before, strict=True):
-                p.copy_(value)
-        unit.is_block = True
-        return self._block(unit, y, call)
+    def put_right(self) -> bool:
+        """After a look at the results: take back layers that one step didn't put right, so that they count as blocks.
+
+        Those of the first one's type; what comes behind may be off because of them. Returns whether there are any.
+        """
+        wrong = [unit for unit in self.units.values() if self._was_not_linear(unit)]
+        for unit in wrong:
+            if type(unit.module) is type(wrong[0].module):
+                with torch.no_grad():
+                    for p, value in zip(unit.parameters, self.first[unit], strict=True):
+                        p.copy_(value)
+                unit.is_block, unit.n_iter = True, 0
+        return bool(wrong)
+
+    def _was_not_linear(self, unit: Unit) -> bool:
+        judged = unit in self.first and not (unit.status or unit.is_block or unit.is_shared or self.options.per_channel)
+        if not judged or not unit.n_iter or unit.after is None:
+            return False
+        return not error(unit.after, self.options, unit.can_shift) <= _HAD_ITS_EFFECT
 
     # a block that is called once: it is run again, alone, until it is right
 

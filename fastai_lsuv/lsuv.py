@@ -72,8 +72,12 @@ def run(model: nn.Module, batch: Any, options: Options, ranks: Ranks) -> LSUVRep
         if not options.only_measures:
             for unit in units:
                 _reinitialise(unit, options, rehearsal)
-            Correction(rehearsal, units, options).run()
+            correction = Correction(rehearsal, units, options)
+            correction.run()
         _observe(rehearsal, units, options)
+        while not options.only_measures and correction.put_right():
+            correction.run()
+            _observe(rehearsal, units, options)
         ranks.finish()
     rows = [_row(unit, options) for unit in units]
     return LSUVReport(rows, rehearsal.n_forward, time.perf_counter() - started, options.mean, options.std)
@@ -121,6 +125,8 @@ def _observe(rehearsal: Rehearsal, units: list[Unit], options: Options) -> None:
             unit.after = unit.before
         return
     by_module = {unit.module: unit for unit in units}
+    for unit in units:
+        unit.after = None
 
     def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if (y := first_tensor(output)) is not None:
