@@ -1,0 +1,263 @@
+"""Training sees the same batches with LSUV as without, to the bit, whatever loader gives them; and what the exceptions are."""
+import itertools
+import random
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.utils.data as tud
+from audit import bits
+from fastai.callback.data import PartialDL, WeightedDL
+from fastai.data.core import DataLoaders, Datasets, TfmdDL
+from fastai.data.load import DataLoader
+from fastai.tabular.all import Categorify, Normalize, RandomSplitter, TabDataLoader, TabularPandas, TabWeightedDL
+from fastai.text.all import Categorize, LMDataLoader, Numericalize, Pad_Chunk, SortedDL
+from fastai.vision.all import CrossEntropyLossFlat, Dihedral, RandomResizedCrop, Resize, Rotate, Transform, aug_transforms
+from learners import Spy, digits, learner, ran, seed, small_cnn
+from torch import nn
+
+from fastai_lsuv import LSUVCallback
+
+
+class Table(tud.Dataset):
+    "Map-style; `noise` draws from where the user likes."
+
+    def __init__(self, n=80, noise=lambda: 0.): self.x, self.n, self.noise = torch.randn(n, 10, generator=torch.Generator().manual_seed(2)), n, noise
+    def __len__(self): return self.n
+    def __getitem__(self, i): return self.x[i] + self.noise(), i % 5
+
+
+class Stream(tud.IterableDataset):
+    "Begins anew whenever it is asked, in another order each time."
+
+    def __init__(self, n=80): self.rows = Table(n)
+    def __len__(self): return len(self.rows)
+    def __iter__(self): return (self.rows[i] for i in random.sample(range(len(self.rows)), len(self.rows)))
+
+
+def drawn(): return random.random() + np.random.rand() + torch.rand(10)
+
+
+# --- loaders ----------------------------------------------------------------------------------------------------------------
+
+
+def loaders(make, noise=drawn, valid=None): return lambda: DataLoaders(make(Table(80, noise)), (valid or make)(Table(32, noise)))
+
+
+def torch_dl(ds, workers=0, **kwargs): return tud.DataLoader(ds, **({} if 'batch_sampler' in kwargs else {'batch_size': 16}), num_workers=workers, **kwargs)
+
+
+def batches_of(sampler): return tud.BatchSampler(sampler, 16, drop_last=False)
+
+
+def generator(n=3): return torch.Generator().manual_seed(n)
+
+
+class Halving:
+    "A sampler of the user's own, without a class of PyTorch's: the second half in random order, from Python's stream."
+
+    def __init__(self, n): self.n = n
+    def __len__(self): return self.n
+    def __iter__(self): return iter([*range(self.n // 2), *random.sample(range(self.n // 2, self.n), self.n - self.n // 2)])
+
+
+TORCH = {'shuffled': lambda ds: torch_dl(ds, shuffle=True), 'a generator': lambda ds: torch_dl(ds, shuffle=True, generator=generator()),
+         'a random sampler': lambda ds: torch_dl(ds, sampler=tud.RandomSampler(ds, replacement=True, num_samples=64)),
+         'a sampler with a generator': lambda ds: torch_dl(ds, sampler=tud.RandomSampler(ds, generator=generator())),
+         'weights': lambda ds: torch_dl(ds, sampler=tud.WeightedRandomSampler(torch.arange(len(ds)) + 1., 64, generator=generator())),
+         'a subset': lambda ds: torch_dl(ds, sampler=tud.SubsetRandomSampler(range(0, len(ds), 2), generator=generator())),
+         'batches': lambda ds: torch_dl(ds, batch_sampler=batches_of(tud.RandomSampler(ds))),
+         'batches with a generator': lambda ds: torch_dl(ds, batch_sampler=batches_of(tud.RandomSampler(ds, generator=generator()))),
+         'one by one, batched already': lambda ds: tud.DataLoader([(torch.rand(8, 10) + i, torch.arange(8) % 5) for i in range(len(ds) // 8)], batch_size=None, shuffle=True),
+         "the user's own sampler": lambda ds: torch_dl(ds, sampler=Halving(len(ds))), 'workers': lambda ds: torch_dl(ds, 2, shuffle=True),
+         'persistent workers': lambda ds: torch_dl(ds, 2, shuffle=True, persistent_workers=True),
+         'persistent workers, a generator': lambda ds: torch_dl(ds, 1, shuffle=True, persistent_workers=True, generator=generator()),
+         'iterable': lambda ds: torch_dl(Stream(len(ds))), 'iterable, workers': lambda ds: torch_dl(Stream(len(ds)), 1),
+         'iterable, persistent workers': lambda ds: torch_dl(Stream(len(ds)), 1, persistent_workers=True)}
+shuffled = partial(DataLoader, bs=16, shuffle=True)
+FASTAI = {'shuffled': shuffled, 'workers': partial(shuffled, num_workers=2), 'persistent workers': partial(shuffled, num_workers=2, persistent_workers=True),
+          'iterable': lambda ds: DataLoader(Stream(len(ds)), bs=16), 'iterable with n': lambda ds: DataLoader(Stream(len(ds)), bs=16, n=40),
+          'iterable, workers': lambda ds: DataLoader(Stream(len(ds)), bs=16, num_workers=1), 'TfmdDL': partial(TfmdDL, bs=16, shuffle=True, num_workers=0),
+          'WeightedDL': lambda ds: WeightedDL(ds, bs=16, wgts=np.arange(len(ds)) + 1., shuffle=True, num_workers=0),
+          'PartialDL': lambda ds: PartialDL(ds, bs=16, partial_n=40, num_workers=0), 'PartialDL, workers': lambda ds: PartialDL(ds, bs=16, partial_n=40, num_workers=2),
+          'its own shuffle_fn': partial(shuffled, shuffle_fn=lambda idxs: np.random.permutation(len(idxs)).tolist()),
+          'a random transform of batches': partial(shuffled, after_batch=lambda b: (b[0] * torch.rand(1) + random.random(), b[1]))}
+
+
+def images(**kwargs): return lambda: digits(64, 16, **kwargs)
+
+
+IMAGES = {'by the item': images(item_tfms=[Resize(10), RandomResizedCrop(8, min_scale=.5)]),
+          'by the item, workers': images(item_tfms=RandomResizedCrop(8, min_scale=.5), num_workers=2, persistent_workers=True),
+          'by the batch': images(batch_tfms=aug_transforms(size=8, max_warp=.1)), 'on the device, drawn by torch': images(batch_tfms=[Rotate(p=.5, draw=lambda x: torch.rand(len(x))), Dihedral()])}
+
+WORDS = ['xxunk', 'xxpad', 'xxbos', *(f'w{i}' for i in range(29))]
+
+
+def lines(n=60):
+    rng = np.random.default_rng(3)
+    return [['xxbos', *rng.choice(WORDS[3:], rng.integers(4, 30))] for _ in range(n)]
+
+
+SPLITS = [list(range(45)), list(range(45, 60))]
+
+
+def language(**kwargs): return lambda: Datasets(lines(), [[Numericalize(WORDS)]], splits=SPLITS, dl_type=LMDataLoader).dataloaders(bs=8, seq_len=9, num_workers=0, **kwargs)
+
+
+def sorted_by_length(**kwargs):
+    def make():
+        texts = lines()
+        dsets = Datasets(range(60), [[lambda i: texts[i], Numericalize(WORDS)], [lambda i: str(i % 5), Categorize()]], splits=SPLITS, dl_type=SortedDL)
+        return dsets.dataloaders(bs=8, before_batch=Pad_Chunk(seq_len=9), **{'num_workers': 0} | kwargs)
+    return make
+
+
+def table(cls, **kwargs):
+    def make():
+        rng = np.random.default_rng(0)
+        frame = pd.DataFrame(rng.normal(size=(120, 10)).astype(np.float32), columns=list('abcdefghij')).assign(y=rng.integers(0, 5, 120))
+        to = TabularPandas(frame, [Categorify, Normalize], cont_names=list('abcdefghij'), y_names='y', splits=RandomSplitter(seed=1)(range(120)))
+        return DataLoaders(cls(to.train, bs=16, shuffle=True, **kwargs), TabDataLoader(to.valid, bs=16))
+    return make
+
+
+OTHERS = {'LMDataLoader': language(), 'LMDataLoader, uncached': language(cache=None), 'SortedDL': sorted_by_length(), 'SortedDL, workers': sorted_by_length(num_workers=2),
+          'TabDataLoader': table(TabDataLoader), 'TabDataLoader, dropping the last': table(TabDataLoader, drop_last=True),
+          'TabWeightedDL': table(partial(TabWeightedDL, wgts=np.arange(96) + 1.))}
+CASES = {**{f'torch: {k}': loaders(v) for k, v in TORCH.items()}, **{f'fastai: {k}': loaders(v) for k, v in FASTAI.items()},
+         **{f'images: {k}': v for k, v in IMAGES.items()}, **OTHERS}
+
+
+# --- what training sees -----------------------------------------------------------------------------------------------------
+
+
+class Pooled(nn.Module):
+    def __init__(self): super().__init__(); self.emb, self.head = nn.Embedding(len(WORDS), 6), nn.Linear(6, 5)
+    def forward(self, x): return self.head(self.emb(x).mean(1))
+
+
+class Numbers(nn.Sequential):
+    def __init__(self): super().__init__(nn.Linear(10, 8), nn.ReLU(inplace=True), nn.Dropout(.2), nn.Linear(8, 5))
+    def forward(self, *xs): return super().forward(xs[-1])  # of a table's inputs the last are the numbers
+
+
+def model_for(case):
+    if case.startswith('images'): return small_cnn()
+    if case.startswith('LM'): return nn.Sequential(nn.Embedding(len(WORDS), 6), nn.Dropout(.2), nn.Linear(6, len(WORDS)))
+    return Pooled() if case.startswith('Sorted') else Numbers()
+
+
+def seen(case, how, make=None, epochs=2, **options):
+    "Every batch of a training, with LSUV or without, and the random streams at each."
+    seed(23)
+    learn = learner((make or CASES[case])(), model_for(case), metrics=[], loss_func=CrossEntropyLossFlat())
+    seed(42)
+    if how == 'lsuv_init': learn.lsuv_init(**options)
+    learn.fit(epochs, cbs=[spy := Spy(), *([LSUVCallback(**options)] if how == 'callback' else [])])
+    assert ran(learn) == (how != 'plainly')
+    if how != 'plainly': assert [row.status for row in learn.lsuv_report] == ['corrected'] * len(learn.lsuv_report)
+    return spy.seen
+
+
+def first_difference(a, b):
+    for i, (one, other) in enumerate(itertools.zip_longest(a, b)):
+        if one is None or other is None or one[:2] != other[:2]: return f'batch {i} is another one'
+        if one[2] != other[2]: return f'the random streams differ at batch {i}'
+    return None
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_the_same_batches_with_the_callback_as_without(case):
+    plainly = seen(case, 'plainly')
+    assert len(plainly) > 6
+    assert first_difference(plainly, seen(case, 'callback')) is None
+
+
+@pytest.mark.parametrize('case', ['LMDataLoader', 'SortedDL', 'TabDataLoader', 'torch: persistent workers, a generator', 'fastai: WeightedDL', 'fastai: PartialDL', 'fastai: iterable'])
+def test_and_after_lsuv_init(case): assert first_difference(seen(case, 'plainly'), seen(case, 'lsuv_init')) is None
+
+
+@pytest.mark.parametrize('case', ['LMDataLoader', 'SortedDL', 'TabWeightedDL', 'torch: shuffled', 'torch: batches', 'fastai: iterable'])
+def test_the_order_is_random_at_all(case):
+    "So that the tests above can fail."
+    batches = [b for training, b, _ in seen(case, 'plainly') if training]
+    assert batches[:len(batches) // 2] != batches[len(batches) // 2:]
+
+
+@pytest.mark.parametrize('case', ['LMDataLoader', 'SortedDL', 'TabDataLoader', 'torch: a generator', 'torch: persistent workers', 'fastai: PartialDL', 'fastai: persistent workers'])
+def test_the_batch_that_lsuv_sees_is_the_first_that_training_would(case):
+    "For loaders whose first batch doesn't depend on what the Learner draws before it."
+    seed(23)
+    learn = learner((CASES[case] if case in OTHERS else loaders({**TORCH, **FASTAI}[case.split(': ')[1]], lambda: 0.))(), model_for(case), metrics=[])
+    inputs = []
+    first = learn.model.register_forward_pre_hook(lambda m, args: inputs.append([bits(a) for a in args]))
+    learn.lsuv_init()
+    first.remove()
+    assert all(x == inputs[0] for x in inputs), 'passes on different inputs'
+    rows = [t for x in [*learn.dls.train] for t in x[:-1]]
+    assert sum(t.shape == torch.Size(inputs[0][-1][2]) for t in rows) > 0, 'not a batch of this loader'
+
+
+# --- the exceptions that the documentation names --------------------------------------------------------------------------------
+
+
+def one_shot(n): return iter([Table(n)[i] for i in range(n)])
+
+
+class Sized:
+    "Knows how many it gives; can give them once."
+
+    def __init__(self, n): self.it, self.n = one_shot(n), n
+    def __len__(self): return self.n
+    def __iter__(self): return self.it
+
+
+class Once(Sized, tud.IterableDataset): pass
+
+
+class OwnNoise(Table):
+    "Augments with a generator that belongs to it."
+
+    def __init__(self, n): super().__init__(n, lambda: torch.from_numpy(self.rng.normal(size=10).astype(np.float32))); self.rng = np.random.default_rng(5)
+
+
+class Split(Table):
+    "Says of what the inputs are: the loader needn't look at an item to find out."
+
+    n_inp = 1
+
+
+class OwnTransform(Transform):
+    "The same as a transform of fastai's."
+
+    def __init__(self): self.rng = np.random.default_rng(6)
+    def encodes(self, x: torch.Tensor): return x * float(self.rng.uniform(.5, 2)) if x.is_floating_point() else x
+
+
+class OwnOrder(Halving):
+    "A sampler with a generator that nobody else can know of."
+
+    def __init__(self, n): super().__init__(n); self.rng = np.random.default_rng(7)
+    def __iter__(self): return iter(self.rng.permutation(self.n).tolist())
+
+
+EXCEPTIONS = {'a generator, fastai': lambda: DataLoaders(DataLoader(one_shot(80), bs=16, n=80), torch_dl(Table(32))),
+              'an iterator, fastai': lambda: DataLoaders(DataLoader(Sized(80), bs=16), torch_dl(Table(32))),
+              'an iterator, torch': lambda: DataLoaders(torch_dl(Once(80)), torch_dl(Table(32))),
+              'a dataset with a generator, fastai': lambda: DataLoaders(shuffled(OwnNoise(80)), torch_dl(Table(32))),
+              'a dataset with a generator, torch': lambda: DataLoaders(torch_dl(OwnNoise(80), shuffle=True), torch_dl(Table(32))),
+              'a transform with a generator': lambda: DataLoaders(TfmdDL(Split(), bs=16, num_workers=0, after_batch=OwnTransform()), torch_dl(Table(32))),
+              'a sampler with a generator': lambda: DataLoaders(torch_dl(Table(), sampler=OwnOrder(80)), torch_dl(Table(32)))}
+
+
+@pytest.mark.parametrize('case', EXCEPTIONS)
+def test_the_documented_exceptions_are_exceptions_and_batch_is_the_way_out(case):
+    epochs = 1 if 'iterator' in case or case.startswith('a generator') else 2
+    batch = torch.randn(32, 10, generator=generator()), torch.arange(32) % 5
+    plainly = seen(case, 'plainly', EXCEPTIONS[case], epochs)
+    assert first_difference(plainly, seen(case, 'plainly', EXCEPTIONS[case], epochs)) is None, 'not reproducible at all'
+    assert first_difference(plainly, seen(case, 'callback', EXCEPTIONS[case], epochs)) is not None, 'no longer an exception: say so'
+    for how in ('callback', 'lsuv_init'): assert first_difference(plainly, seen(case, how, EXCEPTIONS[case], epochs, batch=batch)) is None
