@@ -116,13 +116,14 @@ def together(learn): return learn.distrib_ctx(cpu=True, sync_bn=False)
 def rows(learn): return [vars(row) for row in getattr(learn, 'lsuv_report', ())]
 
 
-def train(rank, model='plain', given=True, lsuv=True, loaded=(), **options):
+def train(rank, model='plain', given=True, lsuv=True, loaded=(), done=(), **options):
     "One epoch of both together, then one of each alone."
     net = MODELS[model]()
     own, inputs = state(net), []
     if model == 'norms': own |= {n: b.copy_(torch.rand_like(b)).clone() for n, b in net.named_buffers() if 'running' in n}
     learn = learner(rank, net, cbs=LSUVCallback(own_batch(rank) if given else None, **options) if lsuv else None)
     if rank in loaded: net.load_state_dict(own)
+    if rank in done: own = learn.lsuv_init(own_batch(rank)) and state(net)
     watch = net.register_forward_pre_hook(lambda m, args: inputs.append(args[0].clone()) if look.after is None else None)
     learn.add_cb(look := Look())
     with together(learn): learn.fit(1)
@@ -161,6 +162,13 @@ def fails(rank, where, kind, on=1):
         learn.dls = loaders(rank)
         learn.add_cb(look := Look()).fit(1, cbs=LSUVCallback(own_batch(rank)))
     return result | {'after': look.after, 'ran again': 'lsuv_report' in vars(learn)}
+
+
+def fine_tune(rank):
+    net = MODELS['blocks']()
+    learn = learner(rank, net, splitter=lambda m: [list(m[:2].parameters()), list(m[2].parameters())])
+    with together(learn): learn.fine_tune(1, cbs=LSUVCallback)
+    return {'rows': rows(learn), 'after': state(net)}
 
 
 def alone(rank):

@@ -163,6 +163,23 @@ def test_they_decide_together(both, loaded):
     assert same(a['first'], b['first']) and len(lines(a, b)) == 1
 
 
+@pytest.mark.parametrize('done', [(0,), (1,), (0, 1)])
+def test_they_decide_together_also_where_one_has_had_it(both, done):
+    "`learn.lsuv_init()` on one rank only, say, before they begin to train together: nobody waits for the other."
+    a, b = both(script.train, done=done)
+    assert same(a['first'], b['first'])
+    assert same(a['after'], a['own']) == (0 in done), 'rank 0 is done, and its weights are what both train from'
+    assert len(lines(a, b)) == (0 not in done)
+    if 0 not in done: assert same(a['after'], b['after']) and a['rows'] == b['rows']
+
+
+def test_fine_tuning_says_once_what_it_says(both):
+    a, b = both(script.fine_tune)
+    assert [row['status'] for row in a['rows']] == ['skipped', 'skipped', 'corrected'] and a['rows'] == b['rows']
+    assert len([line for line in lines(a, b) if 'right' in line]) == len([line for line in lines(a, b) if 'not corrected' in line]) == 1
+    assert same(a['after'], b['after'])
+
+
 # --- one end ------------------------------------------------------------------------------------------------------------------------
 
 FAILURES = [('data', 'value', 1), ('data', 'its own', 1), *((where, 'value', 1) for where in (1, 2, 3)), (2, 'value', 0), (2, 'memory', 1), (2, 'none', 1), (2, 'its own', 1),
