@@ -1,5 +1,4 @@
 """Every kind of Learner that fastai makes: the batch as its model gets it, every layer at its target when training starts."""
-import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -7,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.utils.data as tud
-from audit import AFFINE, audit, moved, parameter_bits
+from audit import AFFINE, moved, parameter_bits
 from checks import assert_exact
 from fastai.callback.core import Callback
 from fastai.collab import CollabDataLoaders, collab_learner
@@ -29,7 +28,6 @@ from fastai.text.all import (
 )
 from fastai.vision.all import (
     CategoryBlock,
-    CrossEntropyLossFlat,
     DataBlock,
     ImageBlock,
     IndexSplitter,
@@ -46,7 +44,7 @@ from fastai.vision.all import (
     vision_learner,
     xresnet18,
 )
-from learners import digits, items, learner, ran, seed
+from learners import digits, items, learner, ran
 from sklearn.datasets import load_diabetes, load_wine
 from torch import nn
 
@@ -292,51 +290,3 @@ def test_collab_learner_with_dot_products_has_nothing_to_correct_and_trains():
     assert moved(before, learn.model) == set(before)
     learn.model.load_state_dict(start.state)
     assert not moved(before, learn.model)
-
-
-# --- loaders that give them -------------------------------------------------------------------------------------------------
-
-
-class Stream(tud.IterableDataset):
-    "Nothing to index; the same each time. (fastai's fit asks for a length.)"
-
-    def __init__(self, n=48): self.n = n
-    def __len__(self): return self.n
-    def __iter__(self): return ((torch.full((1, 8, 8), i/9.).sin() + torch.arange(64.).view(1, 8, 8).cos()*i, i % 10) for i in range(self.n))
-
-
-class Endless:
-    "Has an `__iter__` only: the loader is told how many to take."
-
-    def __init__(self, n): self.n = n
-    def __iter__(self): return itertools.chain(Stream(self.n), Stream(self.n))
-
-
-class Numbered(tud.Dataset):
-    def __init__(self, n=48): self.items = list(Stream(n))
-    def __len__(self): return len(self.items)
-    def __getitem__(self, i): return self.items[i]
-
-
-FROM = {'torch': lambda n: tud.DataLoader(Numbered(n), 16), 'torch, workers': lambda n: tud.DataLoader(Numbered(n), 16, num_workers=2),
-        'torch, workers that persist': lambda n: tud.DataLoader(Numbered(n), 16, num_workers=2, persistent_workers=True),
-        'torch, iterable': lambda n: tud.DataLoader(Stream(n), 16), 'torch, iterable, workers': lambda n: tud.DataLoader(Stream(n), 16, num_workers=1),
-        'fastai': lambda n: DataLoader(Numbered(n), bs=16), 'fastai, workers': lambda n: DataLoader(Numbered(n), bs=16, num_workers=2),
-        'fastai, workers that persist': lambda n: DataLoader(Numbered(n), bs=16, num_workers=2, persistent_workers=True),
-        'fastai, iterable': lambda n: DataLoader(Stream(n), bs=16), 'fastai, a generator function with n': lambda n: DataLoader(Endless(n), bs=16, n=n),
-        'a list of batches': lambda n: [*tud.DataLoader(Numbered(n), 16)]}
-
-
-@pytest.mark.parametrize('loader', FROM)
-def test_the_batch_is_the_first_that_training_sees(loader):
-    "None given; the loaders don't shuffle."
-    seed(3)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(144, 10))
-    learn = learner(DataLoaders(FROM[loader](48), FROM[loader](16)), model, metrics=[], loss_func=CrossEntropyLossFlat())
-    x, before = next(iter(FROM['torch'](48)))[0], parameter_bits(model)
-    seen = []
-    learn.fit(1, 1e-4, cbs=[LSUVCallback(), start := Start(), Callback(before_batch=lambda self: seen.append(self.learn.xb[0].clone()))])
-    assert torch.equal(seen[0], x)
-    model.load_state_dict(start.state)
-    assert not assert_right(learn, before, x)
-    assert len(audit(model, x)) == 2
