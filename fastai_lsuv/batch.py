@@ -15,6 +15,7 @@ from fastai.torch_core import get_random_states, set_random_states
 from fastcore.foundation import L
 from torch.utils.data import DataLoader as TorchDataLoader
 
+from fastai_lsuv.errors import add_to_message
 from fastai_lsuv.ranks import Ranks
 from fastai_lsuv.replay import Replay
 
@@ -40,7 +41,11 @@ def as_fed(
     """
     with _kept_random_states(), ExitStack() as stack:
         if batch is None:
-            batch = _one_batch(learn.dls.train, ranks)
+            try:
+                batch = _one_batch(learn.dls.train, ranks)
+            except Exception as error:
+                add_to_message(error, f"LSUV stopped while it took a batch from {type(learn.dls.train).__name__}")
+                raise
         elif not isinstance(batch, (tuple, list)):
             raise TypeError(f"batch is a {type(batch).__name__}: expected a tuple as the DataLoaders give it, (xb, yb)")
         replay = Replay(learn, learn._set_device(batch), begun)

@@ -68,6 +68,13 @@ class LSUVCallback(Callback):
         assert learn is not None
         if not _came_through_fit(learn):
             return
+        try:
+            self._run_once(learn)
+        except StopIteration as error:  # fastai runs callbacks by `map`, which would take it for the end of them
+            raise RuntimeError(f"LSUV stopped by StopIteration: {error}") from error
+        self._stop_watching()
+
+    def _run_once(self, learn: Learner) -> None:
         with _ranks_of(learn) as ranks:
             if ranks.first("whether LSUV has run", _has_had_lsuv(learn)):
                 self._tell_of_thawed_layers(learn)
@@ -76,7 +83,6 @@ class LSUVCallback(Callback):
             else:
                 self.report = _initialise(learn, self.batch, self.options, ranks, begun=self.order)
                 self._say(self.report.summary())
-        self._stop_watching()
 
     def _sign(self, learn: Learner) -> str | None:
         """What says that the network isn't fresh; once said, it holds for good."""

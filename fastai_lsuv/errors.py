@@ -21,8 +21,10 @@ def name_module_at_work(error: BaseException, model: nn.Module) -> None:
 
 
 def add_to_message(error: BaseException, text: str) -> None:
-    """Put a line behind the message of an error, whose type and other arguments stay."""
+    """Put a line behind the message of an error, whose type stays."""
     args = list(error.args) or [""]
+    if not isinstance(args[0], str) and not isinstance(error, OSError):
+        args = [str(error)]  # fastai shows the first argument only
     where = next((i for i, arg in enumerate(args) if isinstance(arg, str)), 0)  # OSError: a number, then the message
     args[where] = f"{args[where]}\n{text}".lstrip()
     error.args = tuple(args)

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dis
 import io
-import itertools
 import math
 import warnings
-from collections.abc import Iterable, Iterator
-from functools import partial
-from types import CodeType, FunctionType, MethodType, ModuleType
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -19,16 +15,17 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.torch_core import apply
 from fastcore.foundation import L
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from fastai_lsuv.effects import EVENTS, rewrites_inputs, switches_autocast, uses_optimizer
+from fastai_lsuv.rehearsal import ModuleState
 
 if TYPE_CHECKING:
     from fastai.learner import Learner
 
 T = TypeVar("T")
 
-_EVENTS = ("before_fit", "before_epoch", "before_train", "before_batch")
-_INPUTS = {"xb", "x"}  # as a callback calls them
 _DEVICES = ("cpu", "cuda", "mps", "xpu")  # with an autocast of their own
 
 
@@ -37,7 +34,7 @@ class Replay:
 
     Works on a stand-in for the Learner and on copies of those callbacks that rewrite inputs or switch autocast on, so
     that theirs and the Learner's state is as if nothing had happened. All other callbacks (schedulers, loggers,
-    progress bars) stay out of it. What fails in a replay is left out, with a warning.
+    progress bars) stay out of it. What fails on trial is left out, with a warning.
     """
 
     def __init__(
@@ -47,31 +44,31 @@ class Replay:
         begun: float,  # callbacks of a smaller order have had their `before_fit`
     ) -> None:
         self.learn, self.batch, self.begun = learn, batch, begun
+        self.cbs = learn.cbs.sorted("order")
 
     def inputs(self) -> tuple[Any, ...]:
         """What the model will be called with."""
-        callbacks = [cb for cb in self.learn.cbs.sorted("order") if rewrites_inputs(cb) and not self._is_early(cb)]
+        callbacks = [cb for cb in self.cbs if rewrites_inputs(cb) and not self._is_early(cb)]
         with _own_autocast():
-            stand_in = self._replayed(callbacks, "the inputs are taken as the DataLoader gives them")
+            stand_in = self._tried(callbacks, "the inputs are taken as the DataLoader gives them")
         return tuple((stand_in or self._stand_in([])[0]).xb)
 
     def autocasts(self) -> list[torch.autocast]:
         """The autocast contexts in which the model will be called, one a device type at most."""
-        callbacks = [cb for cb in self.learn.cbs.sorted("order") if switches_autocast(cb)]
         with _own_autocast():
-            if not callbacks or self._replayed(callbacks, "its autocast is left out") is None:
-                return []
+            for cb in self.cbs:
+                if switches_autocast(cb):
+                    self._tried([cb], "its autocast is left out")
             return [torch.autocast(t, torch.get_autocast_dtype(t)) for t in _DEVICES if torch.is_autocast_enabled(t)]
 
-    def _replayed(self, callbacks: list[Callback], consequence: str) -> Any:
+    def _tried(self, callbacks: list[Callback], consequence: str) -> Any:
         """A stand-in for the Learner after `before_batch` of copies of the callbacks; None if one of them fails."""
-        failing = ""
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        failing = ", ".join(type(cb).__name__ for cb in callbacks)
+        with _untouched(self.learn.model), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")  # they will be heard when training says it
             try:
-                failing = ", ".join(type(cb).__name__ for cb in callbacks)
                 stand_in, copies = self._stand_in(callbacks)
-                for event in _EVENTS:
+                for event in EVENTS:
                     for cb in copies:
                         failing = f"{type(cb).__name__}.{event}"
                         if event != "before_fit" or cb.order >= self.begun:
@@ -79,9 +76,7 @@ class Replay:
                 return stand_in
             except Exception as error:
                 failure = error
-        warnings.warn(
-            f"LSUV: {consequence}, because {failing} failed when it was tried on a copy: {failure!r}", stacklevel=2
-        )
+        warnings.warn(f"LSUV: {consequence}, because {failing} failed on trial: {failure!r}", stacklevel=2)
         return None
 
     def _is_early(self, cb: Callback) -> bool:
@@ -96,78 +91,21 @@ class Replay:
         memo: dict[int, Any] = {id(o): o for o in (learn.model, *tree_leaves(_tensors_of(learn.opt)))}
         memo |= {id(learn): stand_in, id(learn.dls): stand_in.dls}
         memo |= {id(dl): new for dl, new in zip(learn.dls.loaders, loaders, strict=True)}
+        others = [cb for cb in learn.cbs if cb not in callbacks]
+        memo |= {id(cb): _shallow_copy(cb, learn=stand_in) for cb in others}
         copies = copy.deepcopy(callbacks, memo)
-        new = {id(cb): c for cb, c in zip(callbacks, copies, strict=True)}
-        vars(stand_in).update({name: new[id(o)] for name, o in vars(learn).items() if id(o) in new})
-        if any("opt" in code.co_names for cb in callbacks for code in _codes(cb, _EVENTS)):
+        vars(stand_in).update({cb.name: memo[id(cb)] for cb in learn.cbs})
+        if any(uses_optimizer(cb) for cb in callbacks):
             vars(stand_in).update(opt=copy.deepcopy(learn.opt, memo))
-        vars(stand_in).update(cbs=L(new.get(id(cb), cb) for cb in learn.cbs), training=True)
-        vars(stand_in).update(dl=stand_in.dls.train, iter=0, train_iter=0, pct_train=0.0, epoch=0)
+        vars(stand_in).update(cbs=L(memo[id(cb)] for cb in learn.cbs), **_at_the_first_batch(stand_in.dls.train))
         stand_in._split(apply(_cloned, self.batch))
         return stand_in, copies
 
 
-def rewrites_inputs(cb: Callback) -> bool:
-    """Whether a callback's `before_batch` may change what the model is called with, as its code says.
-
-    It sets `learn.xb`, or writes into something after having read `xb` (CutMix).
-    """
-    return any(_sets_inputs(code) or _writes_into_inputs(code) for code in _codes(cb, ["before_batch"]))
-
-
-def switches_autocast(cb: Callback) -> bool:
-    """Whether a callback makes or holds an autocast, as its code and attributes say."""
-    holds = any(isinstance(value, torch.autocast) for value in vars(cb).values())
-    return holds or any("autocast" in name for code in _codes(cb, dir(type(cb))) for name in code.co_names)
-
-
-def _sets_inputs(code: CodeType) -> bool:
-    sets = any(ins.opname == "STORE_ATTR" and ins.argval == "xb" for ins in dis.get_instructions(code))
-    return sets or "_split" in code.co_names or ("setattr" in code.co_names and "xb" in code.co_consts)
-
-
-def _writes_into_inputs(code: CodeType) -> bool:
-    if not _INPUTS & set(code.co_names):
-        return False
-    in_place_call = any(name.endswith("_") and not name.endswith("__") for name in code.co_names)
-    instructions = list(dis.get_instructions(code))
-    augmented = any(
-        (ins.opname.startswith("INPLACE_") or (ins.opname == "BINARY_OP" and ins.argrepr.endswith("=")))
-        and then.opname.startswith(("STORE_FAST", "STORE_SUBSCR"))
-        for ins, then in itertools.pairwise(instructions)
-    )
-    return in_place_call or augmented or any(ins.opname in ("STORE_SUBSCR", "STORE_SLICE") for ins in instructions)
-
-
-def _codes(cb: Callback, names: Iterable[str]) -> Iterator[CodeType]:
-    """Code of these methods and of the functions and methods of their own that they name."""
-    kinds = [kind for kind in type(cb).__mro__ if kind not in Callback.__mro__]
-    pending = [f for name in names for f in (vars(cb).get(name), *(vars(kind).get(name) for kind in kinds))]
-    seen: set[CodeType] = set()
-    while pending:
-        function = pending.pop()
-        if isinstance(function, partial):
-            pending += [function.func, *function.args]
-        elif isinstance(function, property):
-            pending += [function.fget]
-        elif isinstance(function, MethodType):
-            pending += [function.__func__]
-        elif isinstance(function, FunctionType) and function.__code__ not in seen:
-            codes = [function.__code__, *_inner(function.__code__)]
-            seen.update(codes)
-            yield from codes
-            named = {name for code in codes for name in code.co_names}
-            spaces = [vars(kind) for kind in kinds] + [function.__globals__]
-            spaces += [vars(m) for n in named if isinstance(m := function.__globals__.get(n), ModuleType)]
-            pending += [space[name] for space in spaces for name in named if name in space]
-            pending += [cell.cell_contents for cell in function.__closure__ or ()]
-
-
-def _inner(code: CodeType) -> Iterator[CodeType]:
-    for const in code.co_consts:
-        if isinstance(const, CodeType):
-            yield const
-            yield from _inner(const)
+def _at_the_first_batch(dl: Any) -> dict[str, Any]:
+    """What a Learner says of itself when its first batch has come."""
+    progress = {"epoch": 0, "iter": 0, "train_iter": 0, "pct_train": 0.0, "training": True}
+    return {"dl": dl, "n_iter": len(dl) if hasattr(dl, "__len__") else None, **progress}
 
 
 def _tensors_of(opt: Any) -> list[Any]:
@@ -178,11 +116,29 @@ def _tensors_of(opt: Any) -> list[Any]:
     return [*(p for group in opt.param_lists for p in group), *(list(state.values()) for state in states)]
 
 
-def _shallow_copy(obj: T) -> T:
-    """An object of the same class with the same attributes; past `copy.copy`, which runs the class's own code."""
+def _shallow_copy(obj: T, **others: Any) -> T:
+    """An object of the same class with the same attributes, but lists and dicts of its own, and some others.
+
+    Past `copy.copy`, which runs the class's own code.
+    """
     new = object.__new__(type(obj))
-    vars(new).update(vars(obj))
+    containers = (list, dict, set, L)
+    own = {name: copy.copy(value) if isinstance(value, containers) else value for name, value in vars(obj).items()}
+    vars(new).update(own | others)
     return new
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """The model in training mode, for callbacks that call it (FGSM); then as before, its gradients, too."""
+    state, gradients = ModuleState(model), [(p, p.grad, _cloned(p.grad)) for p in model.parameters()]
+    try:
+        model.train()
+        yield
+    finally:
+        state.restore()
+        for p, grad, value in gradients:
+            p.grad = grad if grad is None else grad.copy_(value)
 
 
 def _cloned(value: Any) -> Any:

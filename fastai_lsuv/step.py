@@ -13,6 +13,7 @@ from fastai_lsuv.ranks import Ranks
 from fastai_lsuv.stats import Moments
 from fastai_lsuv.units import Unit
 
+_LARGE = 1e30  # no scale of a finite signal leads beyond
 EXACT = 1e-3  # |mean - wanted| and |std - wanted| of an affine layer in a clean pass
 
 
@@ -37,12 +38,20 @@ def one_step(unit: Unit, y: Tensor, seen: Moments, options: Options, ranks: Rank
     near = ((seen.std - std).abs() <= EXACT / 2) if std is not None else torch.ones_like(finite)
     if shifts:
         near = near & ((seen.mean - mean).abs() <= EXACT / 2)
-    change = finite & ~constant & ~near
     scale = std / seen.std if std is not None else torch.ones_like(seen.std)
+    change = finite & ~constant & ~near & _can_hold(unit.parameters[0], scale)
     shift = mean - scale * seen.mean if shifts else torch.zeros_like(seen.mean)
     ratio = torch.where(constant | ~finite, 0.0, seen.mean.abs() / seen.std).max()
     flags = torch.stack([change.any().to(ratio), constant.any().to(ratio), (~finite.all()).to(ratio), ratio])
     return Step(torch.where(change, scale, 1.0), torch.where(change, shift, 0.0), flags)
+
+
+def _can_hold(weight: Tensor, scale: Tensor) -> Tensor:
+    """Whether the weight times `scale` is in the range of its dtype, which in fp16 ends at 65504."""
+    largest = torch.finfo(weight.dtype).max
+    if largest > _LARGE:
+        return torch.ones_like(scale, dtype=torch.bool)
+    return weight.detach().abs().amax().to(scale) * scale <= largest
 
 
 def is_constant(unit: Unit, y: Tensor, seen: Moments, ranks: Ranks) -> Tensor:
