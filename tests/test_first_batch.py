@@ -67,6 +67,7 @@ def test_the_batch_is_the_first_that_training_sees(loader):
     learn = learner(DataLoaders(FROM[loader](48), FROM[loader](16)), model, metrics=[], loss_func=CrossEntropyLossFlat())
     x, before = next(iter(FROM['torch'](48)))[0], parameter_bits(model)
     learn.fit(1, 1e-4, cbs=[LSUVCallback(), first := First()])
+    for dl in learn.dls.loaders: isinstance(dl, list) or vars(dl).pop('_iterator', None)  # persistent workers end here, not when garbage is collected
     assert torch.equal(first.x, x)
     model.load_state_dict(first.state)
     assert len(assert_exact(model, x, learn.lsuv_report, before)) == 2

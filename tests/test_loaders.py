@@ -182,6 +182,7 @@ def seen(case, how, make=None, epochs=2, **options):
     seed(42)
     if how == 'lsuv_init': learn.lsuv_init(**options)
     learn.fit(epochs, cbs=[spy := Spy(), *([LSUVCallback(**options)] if how == 'callback' else [])])
+    for dl in learn.dls.loaders: vars(dl).pop('_iterator', None)  # persistent workers end here, not when garbage is collected
     assert ran(learn) == (how != 'plainly')
     if how != 'plainly': assert [row.status for row in learn.lsuv_report] == ['corrected'] * len(learn.lsuv_report)
     return spy.seen
