@@ -14,13 +14,14 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.text.models.awdlstm import WeightDropout
-from fastai.vision.all import CrossEntropyLossFlat, SaveModelCallback, xresnet18
+from fastai.vision.all import CrossEntropyLossFlat, MixUp, SaveModelCallback, xresnet18
 from learners import digits, learner, ran, small_cnn
 from models import Residual, Shared, mlp, old_weight_norm, rows
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader as TorchLoader
 
 from fastai_lsuv import LSUVCallback, lsuv_
 
@@ -238,6 +239,7 @@ class Storages(TorchDispatchMode):
 def peak(net, x, f):
     "Most bytes in tensors made while `f` ran, and what is left of them."
     with Storages([*net.parameters(), *net.buffers(), x]) as mode: f()
+    gc.collect()
     return mode.peak, mode.held()
 
 
@@ -269,6 +271,18 @@ def test_one_copy_of_the_corrected_weights_and_a_few_activations(case):
     assert most - forward <= share*weights + buffers + 6*activation + 2*layer, f'{(most - forward) / weights:.2f} copies of the weights'
     assert left == 0, 'the report holds no tensor, the model none beyond its own'
     if share == 1: assert most - forward >= .9*weights, 'not the copy that all or nothing needs: does the probe see tensors at all?'
+
+
+@pytest.mark.parametrize('given', [True, False], ids=['a batch', 'from the loader'])
+def test_a_learner_needs_copies_of_the_batch_beyond_that(given):
+    "It is fetched, moved, tried on callbacks and fed: some copies, whatever the model's depth."
+    net, x = deep(), rows(64, 192)
+    batch = x, torch.arange(64) % 3
+    learn = learner(DataLoaders(*(TorchLoader([*zip(*batch)], 64) for _ in range(2))), net, metrics=[], cbs=MixUp())
+    with torch.no_grad(): forward, _ = peak(net, x, lambda: net(x))
+    most, left = peak(net, x, lambda: learn.lsuv_init(batch=batch if given else None))
+    assert .9*size(net.parameters()) <= most - forward <= size(net.parameters()) + 10*size(batch)
+    assert left < 100, 'no batch'
 
 
 def test_the_memory_of_a_rolled_back_run_is_free_again():
