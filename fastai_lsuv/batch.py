@@ -7,20 +7,27 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from random import Random
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from fastai.data.load import DataLoader
 from fastai.torch_core import get_random_states, set_random_states
 from fastcore.foundation import L
+from torch import nn
 from torch.utils.data import DataLoader as TorchDataLoader
 
 from fastai_lsuv.errors import add_to_message
 from fastai_lsuv.ranks import Ranks
+from fastai_lsuv.rehearsal import put_back
 from fastai_lsuv.replay import Replay
 
 if TYPE_CHECKING:
     from fastai.learner import Learner
+
+_SHARED = (type, FunctionType, ModuleType, nn.Module, torch.Tensor)  # not parts of a loader
+_MANY = 2**24  # longer arrays are the data itself rather than indices
 
 
 @contextmanager
@@ -101,38 +108,47 @@ def _single_process(dl: Iterable[Any]) -> Iterable[Any]:
 
 @contextmanager
 def _untouched(dl: Iterable[Any]) -> Iterator[None]:
-    """Generators and lists of the DataLoader itself, and what fastai's notes on it while it runs, as before."""
-    lists = [(items, list(items)) for items in _lists(dl)]
-    generators = _generators(dl)
-    states = [g.get_state() for g in generators]
+    """The DataLoader and its parts as before: attributes, lists, arrays of indices, generators of its own."""
+    parts = _parts(dl)
+    attributes = [(vars(part), dict(vars(part))) for part in parts]
+    contents = [(held, held[:] if isinstance(held, list) else held.copy()) for held in _containers(parts)]
+    generators = [(generator, generator.get_state()) for generator in _generators(dl)]
     rng = getattr(dl, "rng", None)
     rng_state = rng.getstate() if isinstance(rng, Random) else None
-    attributes = dict(vars(dl)) if isinstance(dl, DataLoader) else None
-    workers = dl.fake_l.num_workers if isinstance(dl, DataLoader) else 0
     try:
         if isinstance(dl, DataLoader):
             dl.fake_l.num_workers = 0
         yield
     finally:
-        for generator, state in zip(generators, states, strict=True):
+        for current, saved in attributes:
+            put_back(current, saved)
+        for held, content in contents:
+            held[:] = content
+        for generator, state in generators:
             generator.set_state(state)
-        if attributes is not None:
-            dl.fake_l.num_workers = workers  # type: ignore[attr-defined]
-            vars(dl).clear()
-            vars(dl).update(attributes)
-        for items, kept in lists:
-            items[:] = kept
         if rng_state is not None:
             rng.setstate(rng_state)  # type: ignore[union-attr]
 
 
-def _lists(dl: Any) -> list[list[Any]]:
-    """Lists that the loader and its parts hold, which may be shuffled in place (`LMDataLoader`)."""
-    if not hasattr(dl, "__dict__"):
-        return []
-    parts = [vars(dl), *(vars(o) for o in vars(dl).values() if hasattr(o, "__dict__"))]
-    held = [value.items if isinstance(value, L) else value for values in parts for value in values.values()]
-    return list({id(items): items for items in held if isinstance(items, list)}.values())
+def _parts(dl: Any) -> list[Any]:
+    """The loader, what it holds (dataset, sampler, …), and what that holds."""
+    found, newest = {id(dl): dl}, [dl]
+    for _ in range(2):
+        held = [o for part in newest if hasattr(part, "__dict__") for o in vars(part).values()]
+        newest = [o for o in held if id(o) not in found and hasattr(o, "__dict__") and not isinstance(o, _SHARED)]
+        found.update({id(o): o for o in newest})
+    return [o for o in found.values() if hasattr(o, "__dict__")]
+
+
+def _containers(parts: list[Any]) -> list[Any]:
+    """Lists and arrays of indices in the attributes of the parts, which may be shuffled in place (`LMDataLoader`)."""
+    values = [value.items if isinstance(value, L) else value for part in parts for value in vars(part).values()]
+    found = {id(o): o for o in values if isinstance(o, list) or _is_small_array(o)}
+    return list(found.values())
+
+
+def _is_small_array(o: object) -> bool:
+    return type(o) is np.ndarray and o.ndim == 1 and o.size < _MANY and o.flags.writeable
 
 
 def _generators(dl: Any) -> list[torch.Generator]:

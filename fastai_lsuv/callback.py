@@ -76,7 +76,8 @@ class LSUVCallback(Callback):
 
     def _run_once(self, learn: Learner) -> None:
         with _ranks_of(learn) as ranks:
-            if ranks.first("whether LSUV has run", _has_had_lsuv(learn)):
+            if (report := ranks.first("whether LSUV has run", vars(learn).get("lsuv_report"))) is not None:
+                learn.lsuv_report = report
                 self._tell_of_thawed_layers(learn)
             elif sign := ranks.first("whether it is fresh", self._sign(learn)):
                 self._say_once(f"LSUV: not run, because {sign}; learn.lsuv_init() would do it all the same")

@@ -68,9 +68,9 @@ class ModuleState:
     def restore(self, adopted: bool = True) -> None:
         """Put everything back, but for adopted changes."""
         for module, attributes, parameters, buffers in self.modules:
-            _put_back(vars(module), attributes)
-            _put_back(module._parameters, parameters)
-            _put_back(module._buffers, buffers)
+            put_back(vars(module), attributes)
+            put_back(module._parameters, parameters)
+            put_back(module._buffers, buffers)
         for module, training in self.scripted:
             module.training = training
         with torch.no_grad():  # batch norm updates its statistics without a trace in their `_version`
@@ -83,7 +83,8 @@ class ModuleState:
         return [m.__dict__ for m, *_ in self.modules]
 
 
-def _put_back(current: dict[str, Any], saved: Mapping[str, Any]) -> None:
+def put_back(current: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Give a dict the entries that it had, touching only what differs."""
     for name in current.keys() - saved.keys():
         del current[name]
     for name, value in saved.items():

@@ -121,6 +121,8 @@ def _shallow_copy(obj: T, **others: Any) -> T:
 
     Past `copy.copy`, which runs the class's own code.
     """
+    if not hasattr(obj, "__dict__"):
+        return copy.copy(obj)
     new = object.__new__(type(obj))
     containers = (list, dict, set, L)
     own = {name: copy.copy(value) if isinstance(value, containers) else value for name, value in vars(obj).items()}
