@@ -250,12 +250,16 @@ def test_a_model_with_nothing_to_correct_trains_on():
     learn.fit(1)
 
 
-@pytest.mark.parametrize('fitted', [False, True])
-def test_no_reference_from_the_model_to_the_learner(fitted):
+def model_of_a_learner(fitted):
+    "A model, and a weak reference to the Learner that it was in. (A frame that is still alive may keep a copy of its locals.)"
     learn = learner(fastai_loaders(), small_cnn(), cbs=LSUVCallback())
     if fitted: learn.fit(1)
-    model, alive = learn.model, weakref.ref(learn)
-    del learn
+    return learn.model, weakref.ref(learn)
+
+
+@pytest.mark.parametrize('fitted', [False, True])
+def test_no_reference_from_the_model_to_the_learner(fitted):
+    model, alive = model_of_a_learner(fitted)
     gc.collect()
     assert alive() is None, 'the model keeps its Learner alive'
     assert len(list(model.parameters())) == 8
