@@ -25,7 +25,8 @@ The rooms, each built on those above it only:
 
 from fastai_lsuv.callback import LSUVCallback
 from fastai_lsuv.lsuv import lsuv_
+from fastai_lsuv.recorder import ActivationStatsRecorder
 from fastai_lsuv.report import LSUVReport
 
 __version__ = "0.1.0"
-__all__ = ["LSUVCallback", "LSUVReport", "lsuv_"]
+__all__ = ["ActivationStatsRecorder", "LSUVCallback", "LSUVReport", "lsuv_"]
