@@ -20,8 +20,10 @@ __all__ = ["plot_dead", "plot_hist", "plot_hists"]
 
 # Even to the eye and to colour-blind eyes; the darker, the more is dead.
 COUNTS, DEAD = "viridis", "magma_r"
+DEAD_FROM = 0.9  # share near zero from which a layer is counted in the title
 MAX_COLUMNS = 500  # records that one map shows side by side; of more, neighbours are averaged
 MAX_NAMES = 80  # layers' names beside one map
+MAX_NAME = 40  # characters of each
 
 
 def plot_dead(
@@ -37,11 +39,11 @@ def plot_dead(
 
     fig = new_figure(width=11.0, height=min(2.0 + 0.17 * len(layers), 16.0))
     ax = fig.subplots()
-    image = _map(ax, shares.to_numpy(float), shares.columns, (-0.5, len(layers) - 0.5), (0.0, 1.0), DEAD)
+    image = _map(ax, shares.to_numpy(float), shares.columns, (-0.5, max(len(layers), 1) - 0.5), (0.0, 1.0), DEAD)
     mark_epochs(ax, rows)
     ax.invert_yaxis()
     every = -(-len(layers) // MAX_NAMES) or 1
-    names = [shortened(layer or "(model)") for layer in layers[::every]]
+    names = [shortened(layer or "(model)", MAX_NAME) for layer in layers[::every]]
     ax.set_yticks(range(0, len(layers), every), names, fontsize="small")
     ax.set_xlabel("step, in training batches")
     _color_bar(fig, ax, image, "share near zero", format=PercentFormatter(1.0))
@@ -87,7 +89,7 @@ def plot_hists(
     axes, empty = grid[: len(counts)], grid[len(counts) :]
     for ax, (name, values) in zip(axes, counts.items(), strict=True):
         image = _map(ax, values, records["step"], value_range, (0.0, top), COUNTS)
-        mark_epochs(ax, records, numbered=False)
+        mark_epochs(ax, records, numbered=False, most=8)
         ax.set_title(shortened(name or "(model)"), fontsize="small", pad=3)
     for ax in axes[-columns:]:
         ax.tick_params(labelbottom=True)  # the lowest of its column
@@ -134,7 +136,9 @@ def _map(
 
 def _columns(values: Floats, steps: Floats) -> tuple[Floats, Floats]:
     """At most `MAX_COLUMNS` columns and the edges between them: a record holds until the next one."""
-    together = -(-len(steps) // MAX_COLUMNS) or 1
+    if not values.size:
+        return np.full((1, 1), np.nan), np.array([0.0, 1.0])  # nothing recorded
+    together = -(-len(steps) // MAX_COLUMNS)
     gap = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
     edges = np.append(steps[::together], steps[-1] + gap)
     padded = np.pad(values, ((0, 0), (0, -len(steps) % together)), constant_values=np.nan)
@@ -150,6 +154,6 @@ def _dead_title(shares: pd.DataFrame) -> str:
     last = shares.ffill(axis=1).iloc[:, -1] if shares.size else pd.Series(dtype=float)
     if last.isna().all():
         return "Near-zero activations: nothing recorded"
-    return (
-        f"Near-zero activations of {len(shares)} layers; at the end {last.max():.0%} in {shortened(str(last.idxmax()))}"
-    )
+    worst, dead = shortened(str(last.idxmax()) or "(model)"), (last > DEAD_FROM).sum()
+    at_end = f"at the end {dead} above {DEAD_FROM:.0%}, the most in {worst}: {last.max():.0%}"
+    return f"Near-zero activations of {len(shares)} layers; {at_end}"

@@ -37,7 +37,7 @@ LOG_FROM = 8.0  # a std that spans more than this factor is drawn on a log axis
 FEW_DECADES = 100.0  # up to this factor, a log axis has ticks at 1, 2 and 5
 SYMLOG_FROM = 10.0  # a mean farther out than this many units is drawn on a symlog axis
 MAX_NAME = 24  # characters shown of a layer's name
-MAX_EPOCHS = 25  # marks of epochs and fits on one axis
+MAX_EPOCHS = 20  # marks of epochs and fits on one axis
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -110,29 +110,29 @@ def _finite(values: npt.ArrayLike) -> Floats:
     return array[np.isfinite(array)]
 
 
-def shortened(name: str) -> str:
+def shortened(name: str, most: int = MAX_NAME) -> str:
     """The name without its middle: its beginning tells the stage, its end the layer."""
-    if len(name) <= MAX_NAME:
+    if len(name) <= most:
         return name
-    head = MAX_NAME // 3
-    return f"{name[:head]}…{name[head + 1 - MAX_NAME :]}"
+    head = most // 3
+    return f"{name[:head]}…{name[head + 1 - most :]}"
 
 
-def mark_epochs(ax: Axes, records: pd.DataFrame, numbered: bool = True) -> None:
+def mark_epochs(ax: Axes, records: pd.DataFrame, numbered: bool = True, most: int = MAX_EPOCHS) -> None:
     """A line where an epoch begins, a stronger one where a fit begins, and their numbers above.
 
     Reads the columns `fit`, `epoch` and `step`. Where there are more than an axis has room for, fits go first.
     """
     starts = records.groupby(["fit", "epoch"])["step"].min().reset_index().sort_values("step")
     starts["begins"] = starts["fit"].diff().ne(0)
-    room = max(np.ptp(records["step"]), 1) / MAX_EPOCHS if len(records) else 1
+    room = max(np.ptp(records["step"]), 1) / most if len(records) else 1
     kept: list[float] = []
     fits_first = starts.sort_values("begins", ascending=False, kind="stable")
     for step, begins in zip(fits_first["step"].to_numpy(float), fits_first["begins"], strict=True):
         if all(abs(step - other) >= room for other in kept):
             kept.append(step)
             ax.axvline(step, color=GREY, linewidth=1.2 if begins else 0.6, alpha=0.7, zorder=1.5)
-    if numbered:
+    if numbered and kept:
         shown = starts[starts["step"].isin(kept)]
         _number(ax, "epoch", shown["step"], shown["epoch"], row=0)
         if starts["fit"].nunique() > 1:
