@@ -14,7 +14,10 @@ The rooms, each built on those above it only:
     step         the exact step
     block        a block, run again until it is right
     correction   the correcting pass
-    plots        frames in, figures out
+    figure       what all figures have in common
+    plots        frames in, figures out: LSUV's own
+    activation_curves, activation_maps
+                 frames in, figures out: activations over the steps of training
     report       rows, table, frame, figure
     lsuv         observe, correct, observe: `lsuv_`
     evidence     signs that a network has been trained
