@@ -98,7 +98,7 @@ def plot_hists(
     if axes:
         _color_bar(fig, axes, image, "log(1 + count)")
     fig.supxlabel("step, in training batches; lines: epochs")
-    fig.supylabel("size of the activations")
+    fig.supylabel("value of the activations")
     finish(fig, f"Histograms of the activations of {len(counts)} layers")
     return fig
 
@@ -107,7 +107,7 @@ def _hist(
     ax: Axes, counts: Floats, records: pd.DataFrame, value_range: tuple[float, float], top: float
 ) -> ScalarMappable:
     ax.set_xlabel("step, in training batches")
-    ax.set_ylabel("size of the activations")
+    ax.set_ylabel("value of the activations")
     mark_epochs(ax, records)
     return _map(ax, counts, records["step"], value_range, (0.0, top), COUNTS)
 

@@ -6,8 +6,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ from fastai_lsuv.hooks import eagerly, hooked
 from fastai_lsuv.probe import first_tensor
 from fastai_lsuv.stats import FEATURES, HIST_BINS, describe, sample
 
+T = TypeVar("T")
 Samples = list[tuple[int, int, Tensor]]  # of one call each: the layer's index, number of values, a sample of them
 
 
@@ -55,6 +58,34 @@ class Capture:
         return torch.cat(parts, 1)
 
 
+class Outbox(Generic[T]):
+    """Statistics that wait on their device, to leave it together."""
+
+    def __init__(self, size: int = 64) -> None:
+        self.size = size
+        self._labels: list[T] = []
+        self._table: Tensor | None = None
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for more."""
+        return len(self._labels) == self.size
+
+    def add(self, label: T, values: Tensor) -> None:
+        """Keep a label on the host and values, of the same shape and device each time, where they are."""
+        if self._table is None:
+            self._table = values.new_empty(self.size, *values.shape)
+        self._table[len(self._labels)] = values
+        self._labels.append(label)
+
+    def empty(self) -> list[tuple[T, npt.NDArray[np.float32]]]:
+        """All that waits, as arrays on the host: the only wait for the device."""
+        if self._table is None:
+            return []
+        labels, self._labels = self._labels, []
+        return list(zip(labels, self._table[: len(labels)].cpu().numpy().copy(), strict=True))
+
+
 def columns(with_hist: bool, with_grad: bool) -> list[str]:
     """Names of the columns of `Capture.statistics`; all of a histogram have the name `hist`."""
     return [*FEATURES, *["hist"] * (HIST_BINS * with_hist), *["grad_mean", "grad_std"][: 2 * with_grad]]
@@ -82,9 +113,9 @@ def _pooled(calls: list[tuple[int, Tensor]]) -> Tensor:
     sizes, device = [n for n, _ in calls], calls[0][1].device
     rows, total = [row.to(device) for _, row in calls], sum(sizes)
     pooled = torch.stack([row * (n / total) for n, row in zip(sizes, rows, strict=True)]).sum(0)
-    within = sum(row[1].square() * (n - 1) for n, row in zip(sizes, rows, strict=True) if n > 1)
-    between = sum((row[0] - pooled[0]).square() * n for n, row in zip(sizes, rows, strict=True))
-    pooled[1] = ((within + between) / (total - 1)).sqrt()
+    between = [(row[0] - pooled[0]).square() * n for n, row in zip(sizes, rows, strict=True)]
+    within = [row[1].square() * (n - 1) for n, row in zip(sizes, rows, strict=True) if n > 1]
+    pooled[1] = torch.stack([*between, *within]).sum().div(total - 1).sqrt()
     pooled[len(FEATURES) :] = torch.stack([row[len(FEATURES) :] for row in rows]).sum(0)
     return pooled
 

@@ -14,11 +14,12 @@ import pandas as pd
 Floats = npt.NDArray[np.floating]
 INDEX = ("fit", "epoch", "step", "phase")
 _RUNNING = ("first_std", "last_std", "min_std", "max_std", "max_near_zero")
-HIDDEN = ("sparsity", "at_limit", "hist")  # columns that verdicts and histograms are made from
+HIDDEN = ("sparsity", "at_limit", "signal", "hist")  # columns that verdicts and histograms are made from
 
 # Rules of the verdicts, rough on purpose: a healthy layer of any architecture is to pass, a broken one is not.
 EXPLODING = 1e3  # std that no healthy layer reaches
-VANISHING = 1e-3  # std that carries no signal
+VANISHING = 1e-3  # std that is nothing beside a bias of default size
+SIGNAL = 0.01  # part of the std that the input makes: below it the outputs of all samples are the same
 CHANGE = 100.0  # by how much the std may grow (from 1 at least) or fall since the first record
 DYING = 0.95  # share of outputs that are nothing beside the layer's own std
 SATURATED = 0.35  # share of outputs at the limit of the layer's range: of a sigmoid it could be half
@@ -53,8 +54,8 @@ class History:
         self._numbers: list[int] = []  # of each record, among all of its phase
         self._made: Counter[str] = Counter()  # records ever made, by phase
         self._spacing = 1
-        self._running = np.empty((0, len(_RUNNING)))
-        self._latest = np.empty((0, len(self.columns)))
+        self._running: Floats = np.empty((0, len(_RUNNING)))
+        self._latest: Floats = np.empty((0, len(self.columns)))
 
     def add_layers(self, names: Sequence[str], types: Sequence[str]) -> list[int]:
         """Make room for layers; returns the place of each in a record's values, the old one of a known name."""
@@ -87,7 +88,8 @@ class History:
     def _thin_out(self) -> None:
         self._spacing *= 2
         *old, newest = range(len(self.records))
-        kept = [i for i in old if self._numbers[i] % self._spacing == 0][: self.max_records - 1] + [newest]
+        old = [i for i in old if self._numbers[i] % self._spacing == 0]
+        kept = [*old[: self.max_records - 1], newest]
         self.records, self._numbers = [self.records[i] for i in kept], [self._numbers[i] for i in kept]
 
     def _note(self, values: Floats) -> None:
@@ -159,7 +161,8 @@ def verdict(running: pd.Series, latest: pd.Series) -> str:
 
     `exploding`: the std is above 1,000, or above 100 times its first value (and 100), or not finite.
     `dying`: 95 % of the outputs are nothing (within 5 % of the layer's own std), whatever its scale.
-    `vanishing`: the std is below 0.001, or below 1 % of its first value.
+    `vanishing`: the std is below 0.001, or below 1 % of its first value, or less than 1 % of it is due to the input:
+    all samples give the same.
     `saturated`: 35 % of the outputs are within 5 % of the largest size, as of a tanh or sigmoid driven too hard.
     `healthy`: none of these.
     """
@@ -168,7 +171,7 @@ def verdict(running: pd.Series, latest: pd.Series) -> str:
         return "exploding"
     if latest["sparsity"] >= DYING:
         return "dying"
-    if last < max(VANISHING, first / CHANGE):
+    if last < max(VANISHING, first / CHANGE) or latest["signal"] < SIGNAL:
         return "vanishing"
     return "saturated" if latest["at_limit"] >= SATURATED else "healthy"
 

@@ -28,7 +28,7 @@ class CSVLog:
     def _continue(self) -> None:
         found = list(pd.read_csv(self.path, nrows=0).columns)
         if found != self.columns:
-            raise ValueError(f"fname={str(self.path)!r} has the columns {found}: expected {self.columns}, or a new file")
+            raise ValueError(f"fname={str(self.path)!r} has the columns {found}: not {self.columns}")
         old = pd.read_csv(self.path, usecols=["fit", "step"])
         if len(old):
             self.fits, self.steps = int(old["fit"].max()) + 1, int(old["step"].max()) + 1
@@ -66,7 +66,7 @@ def _callbacks(learn: Learner, module: str, name: str) -> list[Any]:
     return [cb for cb in learn.cbs if isinstance(cb, kind) and cb.run]
 
 
-def _scalars(record: dict[str, Any]) -> dict[str, float]:
+def _scalars(record: dict[Any, Any]) -> dict[str, float]:
     prefix = "" if record["phase"] == "train" else f"{record['phase']}_"
     known = ("fit", "epoch", "step", "phase", "layer")
     return {f"activations/{record['layer']}/{prefix}{k}": v for k, v in record.items() if k not in known}

@@ -26,7 +26,7 @@ _SAFE_SQUARES = (1e-30, 1e30)
 SAMPLE = 2**15  # values at most
 FEW = 2**12  # of these, at most, for shares and histograms
 HIST_BINS, HIST_RANGE = 40, (0.0, 10.0)  # as in fastai's `ActivationStats`: `histc(40, 0, 10)`
-FEATURES = ("mean", "std", "near_zero", "sparsity", "at_limit")  # columns of `describe`, ahead of a histogram's
+FEATURES = ("mean", "std", "near_zero", "sparsity", "at_limit", "signal")  # see `describe`
 _SPARSE = 0.05  # of the std: nearer to 0 than this is nothing beside the rest
 _LIMIT = 0.05  # of the range of sizes: nearer to its upper end than this is at the limit
 _MANY = 100  # of fewer values some are always near their limit
@@ -129,11 +129,18 @@ def _rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sample(x: Tensor, size: int = SAMPLE) -> Tensor:
-    """A copy of up to `size` values of `x` in fp32, spread evenly over all of it: all values if there are no more."""
+    """A copy of up to `size` values of `x` in fp32, spread evenly over all of it: all values if there are no more.
+
+    In two rows of the same places in both halves of the batch, so that the samples in it can be compared; in one row
+    if its size is odd.
+    """
     x = x.detach().as_subclass(Tensor)
     if x.is_nested:
         x = x.values()
-    return _flat(x)[:: _distance(x.numel(), x.numel() / size)].to(torch.float32, copy=True)
+    rows = 1 if not x.dim() or len(x) % 2 else 2
+    values = _flat(x).view(rows, -1)
+    distance = _distance(values.shape[1], x.numel() / size)
+    return values[:, ::distance].to(torch.float32, copy=True)
 
 
 def _distance(n: int, at_least: float) -> int:
@@ -148,17 +155,19 @@ def _distance(n: int, at_least: float) -> int:
 
 
 def describe(
-    rows: Tensor,  # samples of outputs of one size, one in each row: (rows, values), fp32
+    samples: Tensor,  # of outputs of one size, as `sample` makes them: (outputs, 1 or 2, values), fp32
     n: int,  # number of values of each output
     near_zero: float = 0.05,  # |x| up to it counts as near zero
     with_hist: bool = False,  # with a histogram, whose counts are scaled up to all `n` values
 ) -> Tensor:
-    """What each row shows: (rows, features), with the columns of `FEATURES`, then those of a histogram.
+    """What each sample shows: (outputs, features), with the columns of `FEATURES`, then those of a histogram.
 
     `mean` and (unbiased) `std`; `near_zero`, the share of |x| <= near_zero; `sparsity`, the share that is nearly zero
-    beside the row's own std, whatever the scale; `at_limit`, the share of sizes near the row's largest: of a saturated
-    tanh nearly all, of a saturated sigmoid half. Nothing waits for the device.
+    beside the std, whatever the scale; `at_limit`, the share of sizes near the largest: of a saturated tanh nearly all,
+    of a saturated sigmoid half; `signal`, the part of the std that differs from one half of the batch to the other, 0
+    to about 1 (NaN of an odd batch). Nothing waits for the device.
     """
+    rows = samples.flatten(1)
     values = rows.shape[1]
     mean = rows.mean(1)
     norm = torch.linalg.vector_norm(rows - mean[:, None], dim=1)
@@ -168,8 +177,16 @@ def describe(
     low, high = size.aminmax(dim=1, keepdim=True)
     at_limit = size >= high - _LIMIT * (high - low) if values >= _MANY else torch.zeros_like(few)
     shares = (size <= near_zero, size <= _SPARSE * std.nan_to_num(0.0)[:, None], at_limit)
-    features = torch.stack([mean, std, *(share.float().mean(1) for share in shares)], 1)
+    features = torch.stack([mean, std, *(share.float().mean(1) for share in shares), _signal(samples) / std], 1)
     return torch.cat([features, _histogram(few, n)], 1) if with_hist else features
+
+
+def _signal(samples: Tensor) -> Tensor:
+    """How far the halves of the batch differ in the same places, as a std."""
+    if samples.shape[1] == 1:
+        return samples.new_full((len(samples),), math.nan)
+    difference = samples[:, 0] - samples[:, 1]
+    return torch.linalg.vector_norm(difference, dim=1) / math.sqrt(2 * difference.shape[1])
 
 
 def _histogram(rows: Tensor, n: int) -> Tensor:
