@@ -25,11 +25,11 @@ LABELS = {
     "grad_std": "std of the gradient",
 }
 
-# Okabe and Ito's palette, which colour-blind people can tell apart, without its yellow; the dashes differ as well.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#333333")
+# Okabe and Ito's palette without its yellow, ordered so that those of one dash differ for all colour-blind eyes.
+COLORS = ("#0072B2", "#D55E00", "#333333", "#009E73", "#56B4E9", "#CC79A7", "#E69F00")
 DASHES = ("-", "--", "-.")
 MAX_NAMED = 10  # layers that each have a colour and a name of their own; more are coloured by depth
-DEPTHS = ("viridis", 0.0, 0.9)  # even to the eye and to colour-blind eyes; its end is too pale for white paper
+DEPTHS = ("viridis", 0.0, 0.8)  # even to the eye and to colour-blind eyes; its end is too pale for white paper
 MAX_TICKS = 12  # names beside the colour bar
 MAX_NAME = 32  # characters shown of each
 MAX_POINTS = 250  # of one curve; of more records, it shows the medians of stretches
@@ -60,7 +60,7 @@ def plot_stats(
         _panel(ax, quantity, table, styles)
         mark_epochs(ax, frame, numbered=ax is axes[0])
         _name_ends(ax, table["train"] if len(table["train"]) else table["valid"], styles)
-    _label_steps(axes[-1], frame)
+    axes[-1].set_xlabel(_steps(frame))
     if len(layers) > MAX_NAMED:
         _depth_bar(fig, axes, layers)
     finish(fig, _title(frame, f"{len(layers)} layers" if len(layers) != 1 else str(layers[0])))
@@ -84,7 +84,7 @@ def plot_layer(
     for ax, (quantity, table) in zip(axes, tables.items(), strict=True):
         _panel(ax, quantity, table, {name: _styles(1)[0]})
         mark_epochs(ax, rows)
-        _label_steps(ax, rows)
+    fig.supxlabel(_steps(rows), fontsize="medium")
     finish(fig, _title(rows, name or "(model)"))
     return fig
 
@@ -105,13 +105,19 @@ def _tables(frame: pd.DataFrame) -> dict[str, Tables]:
 
 def _stretches(train: pd.DataFrame) -> Tables:
     """Medians of stretches of records, where there are more than can be told apart, and what they lie between."""
-    if len(train) <= MAX_POINTS:
+    together = _together(len(train))
+    if together == 1:
         return dict.fromkeys(("train", "lowest", "highest"), train)
-    stretch = np.arange(len(train)) * MAX_POINTS // len(train)
+    stretch = np.arange(len(train)) // together
     steps = train.index.to_series().groupby(stretch).mean()
     stretches = train.groupby(stretch)
     pooled = {"train": stretches.median(), "lowest": stretches.min(), "highest": stretches.max()}
     return {name: table.set_axis(steps, axis=0) for name, table in pooled.items()}
+
+
+def _together(records: int) -> int:
+    """How many of so many records one point of a curve stands for."""
+    return -(-records // MAX_POINTS) or 1
 
 
 def _styles(n: int) -> list[Style]:
@@ -152,13 +158,16 @@ def _panel(ax: Axes, quantity: str, table: Tables, styles: dict[str, Style]) -> 
         ax.plot(circles.index, circles, "o", color=color, markersize=size, markerfacecolor="white", label=f"_{layer}")
         _triangles(ax, lowest, highest, color)
     ax.margins(x=0.01)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    steps = table["train"].index.union(table["valid"].index)
+    if len(steps) == 1:
+        ax.set_xlim(steps[0] - 1, steps[0] + 1)
     ax.set_ylabel(LABELS[quantity])
 
 
 def _band(ax: Axes, lowest: pd.Series[float], highest: pd.Series[float], color: str, alpha: float = 1.0) -> None:
     """Where the records lie of which a curve shows the medians."""
-    if len(lowest) == MAX_POINTS:
+    if not lowest.equals(highest):
         low, high = (np.ma.masked_invalid(np.asarray(edge, np.float64)) for edge in (lowest, highest))
         ax.fill_between(np.asarray(lowest.index), low, high, color=color, alpha=alpha, linewidth=0, zorder=1)
 
@@ -222,14 +231,12 @@ def _apart(heights: Sequence[float]) -> list[float]:
     return placed
 
 
-def _label_steps(ax: Axes, frame: pd.DataFrame) -> None:
-    label = "step, in training batches"
-    records = frame.loc[frame["phase"] == "train", "step"].nunique()
-    if records > MAX_POINTS:
-        label += f"; lines: medians of {records / MAX_POINTS:.3g} records, bands: lowest to highest"
-    if (frame["phase"] == "valid").any():
-        label += "; circles: validation"
-    ax.set_xlabel(label)
+def _steps(frame: pd.DataFrame) -> str:
+    """What stands below the axis."""
+    together = _together(frame.loc[frame["phase"] == "train", "step"].nunique())
+    medians = f"; lines: medians of {together} records, bands: lowest to highest" if together > 1 else ""
+    circles = "; circles: validation" if (frame["phase"] == "valid").any() else ""
+    return f"step, in training batches{medians}{circles}"
 
 
 def _depth_bar(fig: Figure, axes: Sequence[Axes], layers: Sequence[str]) -> None:
