@@ -169,7 +169,7 @@ def _came_through_fit(learn: Learner) -> bool:
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_locals.get("self") is learn and frame.f_code.co_name in ("fit", "__enter__"):
+        if frame.f_code.co_name in ("fit", "__enter__") and frame.f_locals.get("self") is learn:
             return frame.f_code.co_name == "fit"
         frame = frame.f_back
     return False
