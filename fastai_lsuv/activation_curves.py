@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fastai_lsuv.figure import PALE, Bools, finish, mark_epochs, new_figure, scale_mean, scale_std, shortened
 
-__all__ = ["plot_layer", "plot_stats"]
+__all__ = ["plot_layer", "plot_runs", "plot_stats"]
 
 LABELS = {
     "mean": "mean of the output",
@@ -56,15 +56,39 @@ def plot_stats(
     styles = dict(zip(layers, _styles(len(layers)), strict=True))
     fig = new_figure(width=11.0, height=0.6 + 2.3 * len(tables))
     axes = list(fig.subplots(len(tables), sharex=True, squeeze=False).flat)
+    _stack(axes, frame, tables, styles)
+    if len(layers) > MAX_NAMED:
+        _depth_bar(fig, axes, layers)
+    finish(fig, _title(frame, f"{len(layers)} layers" if len(layers) != 1 else str(layers[0])))
+    return fig
+
+
+def plot_runs(
+    frames: Mapping[str, pd.DataFrame],  # by the run's name: as for `plot_stats`, with the same layers and columns
+) -> Figure:
+    """Draw `plot_stats` of several runs of one network side by side; each panel has the scale that it needs."""
+    tables = {run: _tables(frame) for run, frame in frames.items()}
+    layers = list(next(iter(frames.values()))["layer"].unique())
+    styles = dict(zip(layers, _styles(len(layers)), strict=True))
+    rows = max(map(len, tables.values()))
+    fig = new_figure(width=1.0 + 6.5 * len(frames), height=0.8 + 2.3 * rows)
+    grid = fig.subplots(rows, len(frames), sharex=True, squeeze=False)
+    for column, (run, frame) in zip(grid.T, frames.items(), strict=True):
+        _stack(list(column), frame, tables[run], styles)
+        column[0].set_title(run, pad=24, fontweight="bold")
+    if len(layers) > MAX_NAMED:
+        _depth_bar(fig, list(grid.flat), layers)
+    finish(fig, f"Activations of {len(layers)} layers")
+    return fig
+
+
+def _stack(axes: Sequence[Axes], frame: pd.DataFrame, tables: dict[str, Tables], styles: dict[str, Style]) -> None:
+    """One panel a quantity, above one another."""
     for ax, (quantity, table) in zip(axes, tables.items(), strict=True):
         _panel(ax, quantity, table, styles)
         mark_epochs(ax, frame, numbered=ax is axes[0])
         _name_ends(ax, table["train"] if len(table["train"]) else table["valid"], styles)
     axes[-1].set_xlabel(_steps(frame))
-    if len(layers) > MAX_NAMED:
-        _depth_bar(fig, axes, layers)
-    finish(fig, _title(frame, f"{len(layers)} layers" if len(layers) != 1 else str(layers[0])))
-    return fig
 
 
 def plot_layer(
@@ -147,7 +171,7 @@ def _panel(ax: Axes, quantity: str, table: Tables, styles: dict[str, Style]) -> 
         ax.yaxis.set_major_formatter("{x:.4g}")
     named = len(styles) <= MAX_NAMED
     width, size = (1.5, 4.5) if named else (0.9, 2.5)
-    if not named:
+    if not named and not table["lowest"].equals(table["highest"]):
         _band(ax, table["lowest"].min(axis=1), table["highest"].max(axis=1), PALE)
     for layer, (color, dash) in styles.items():
         curve, lowest, highest, circles = (table[what][layer] for what in ("train", "lowest", "highest", "valid"))

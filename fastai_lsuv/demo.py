@@ -6,7 +6,7 @@ import argparse
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -15,6 +15,7 @@ import fastai.callback.progress  # the progress bars
 import fastai.callback.schedule  # noqa: F401  (`fit_one_cycle`)
 import pandas as pd
 import torch
+from fastai.callback.core import Callback
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import IndexSplitter, ItemGetter
@@ -25,8 +26,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
+from fastai_lsuv.activation_curves import plot_runs
 from fastai_lsuv.callback import LSUVCallback
 from fastai_lsuv.plots import plot_demo
+from fastai_lsuv.recorder import ActivationStatsRecorder
 
 __all__ = ["digits_dls", "main", "plain_cnn"]
 
@@ -100,23 +103,35 @@ def main(
     A bad argument ends with one line on stderr and exit code 2, before anything is trained.
     """
     args = _parser().parse_args(argv)
-    learners = []
+    learners, recorders = {}, {}
     for run, cbs in zip(RUNS, ([], [LSUVCallback(verbose=False)]), strict=True):
         print(f"\n{run}: {args.depth} layers, {args.act}, fit_one_cycle({args.epochs}, {args.lr:g})")
-        learners.append(_train(args, cbs))
+        recorders[run] = ActivationStatsRecorder()
+        learners[run] = _train(args, [*cbs, recorders[run]])
 
-    report = learners[-1].lsuv_report.to_frame().set_index("name")
+    before, after = RUNS
+    report = learners[after].lsuv_report.to_frame().set_index("name")
     stds = report[["std_before", "std_after"]].set_axis(RUNS, axis=1)
-    accuracies = pd.DataFrame({run: _accuracies(learn) for run, learn in zip(RUNS, learners, strict=True)})
+    accuracies = pd.DataFrame({run: _accuracies(learn) for run, learn in learners.items()})
     accuracies.index = pd.RangeIndex(1, args.epochs + 1, name="epoch")
+    activations = args.out.with_stem(f"{args.out.stem}_activations")
 
-    plot_demo(stds, accuracies, chance=1 / learners[0].dls.c).savefig(args.out, dpi=120)
-    print(f"\n{learners[-1].lsuv_report}")
+    plot_demo(stds, accuracies, chance=1 / learners[before].dls.c).savefig(args.out, dpi=120)
+    plot_runs({run: recorder.to_frame() for run, recorder in recorders.items()}).savefig(activations, dpi=100)
+    print(f"\n{learners[after].lsuv_report}")
+    print(f"\nactivations over the training\n{_beside(recorders)}")
     print(f"\nvalidation accuracy\n{accuracies.to_string(float_format='{:.3f}'.format)}")
-    print(f"\nfigure: {args.out}")
+    print(f"\nfigures: {args.out}, {activations}")
 
 
-def _train(args: argparse.Namespace, cbs: list[LSUVCallback]) -> Learner:
+def _beside(recorders: Mapping[str, ActivationStatsRecorder]) -> str:
+    """The summaries of several runs as one table."""
+    columns = ["first_std", "last_std", "max_near_zero", "verdict"]
+    table = pd.concat({run: recorder.summary()[columns] for run, recorder in recorders.items()}, axis=1)
+    return table.rename_axis(index=None).to_string(float_format="{:.3f}".format)
+
+
+def _train(args: argparse.Namespace, cbs: list[Callback]) -> Learner:
     with no_random(args.seed):
         model = plain_cnn(args.depth, args.width, ACTIVATIONS[args.act])
         learn = Learner(digits_dls(seed=args.seed), model, metrics=accuracy, cbs=cbs)
@@ -158,7 +173,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--epochs", type=_whole_number(1, 1000), default=5, help="length of each of the two trainings")
     add("--lr", type=_learning_rate, default=1e-3, help="highest learning rate of the one-cycle schedule")
     add("--seed", type=_whole_number(0, 2**32 - 1), default=42, help="of the weights, the split and the batches")
-    add("--out", type=_png, default="lsuv_digits.png", help="the figure to write")
+    add(
+        "--out",
+        type=_png,
+        default="lsuv_digits.png",
+        help="the figure to write, and beside it one of the activations",
+    )
     return parser
 
 

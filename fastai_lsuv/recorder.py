@@ -57,7 +57,7 @@ class ActivationStatsRecorder(Reading, Callback):
         self.with_grad, self.valid, self.near_zero, self.fname = with_grad, valid, near_zero, fname
         self.run_valid = valid
         self._history = History(max_records, columns(with_hist, with_grad))
-        self._fit, self._step, self._first_step = -1, 0, 0
+        self._fit, self._n_steps, self._first_step = -1, 0, 0
         self._csv: CSVLog | None = None
         self._forget()
 
@@ -91,12 +91,12 @@ class ActivationStatsRecorder(Reading, Callback):
         if self.fname is not None and self._csv is None:
             self._csv = CSVLog(Path(learn.path) / self.fname, self._history.frame([]).columns.tolist())
         self._places = self._history.add_layers([names[m] for m in layers], [type(m).__name__ for m in layers])
-        self._layers, self._fit, self._first_step = layers, self._fit + 1, self._step
+        self._layers, self._fit, self._first_step = layers, self._fit + 1, self._n_steps
 
     def before_batch(self) -> None:
         """Watch the coming forward."""
         self._forget_batch()
-        count = self._step if self.training else self.iter
+        count = self._n_steps if self.training else self.iter
         if self._layers and count % self.every == 0 and phase_of_batch(self.learn) is not None:
             self._capture = Capture(self._layers, self.with_grad)
             self._call = NextCall(self.learn.model, self._capture.watching)
@@ -120,7 +120,7 @@ class ActivationStatsRecorder(Reading, Callback):
             self._keep(self._capture)
         self._forget_batch()
         if self._layers and self.training:
-            self._step += 1
+            self._n_steps += 1
 
     def after_epoch(self) -> None:
         """Bring everything to where it is kept."""
@@ -137,7 +137,7 @@ class ActivationStatsRecorder(Reading, Callback):
             self._forget()
 
     def _keep(self, capture: Capture) -> None:
-        where = (self._fit, self.epoch, self._step, "train" if self.training else "valid")
+        where = (self._fit, self.epoch, self._n_steps, "train" if self.training else "valid")
         self._outbox.add(where, capture.statistics(self.near_zero, self.with_hist, self._scale))
         if self._outbox.full or logs_to_wandb(self.learn):
             self._flush()

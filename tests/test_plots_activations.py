@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from fastai_lsuv.activation_curves import COLORS, DASHES, MAX_POINTS, plot_layer, plot_stats
+from fastai_lsuv.activation_curves import COLORS, DASHES, MAX_POINTS, plot_layer, plot_runs, plot_stats
 from fastai_lsuv.activation_maps import MAX_COLUMNS, plot_dead, plot_hist, plot_hists
 
 NAN, INF = float('nan'), float('inf')
@@ -361,3 +361,12 @@ def test_pyplot_and_its_settings_are_left_alone(plot):
     drawn(plot(frame))
     assert (dict(matplotlib.rcParams), plt.get_fignums()) == (rc, numbers)
     pd.testing.assert_frame_equal(frame, before)
+
+
+def test_two_runs_stand_side_by_side():
+    fig = plot_runs({'before': made(20), 'after': made(20, n_records=7)})
+    panels = [ax for ax in fig.axes if ax.lines]
+    assert len(panels) == 6 and [ax.get_title() for ax in panels[:2]] == ['before', 'after']
+    assert [len(ax.lines[1].get_xdata()) for ax in panels[:2]] != [0, 0]
+    assert not any(ax.collections for ax in panels), 'a band where every record is drawn'
+    FigureCanvasAgg(fig).draw()

@@ -6,7 +6,8 @@ from pathlib import Path
 from fastai.learner import Learner
 
 import fastai_lsuv
-from fastai_lsuv import LSUVCallback, LSUVReport, lsuv_
+from fastai_lsuv import ActivationStatsRecorder, LSUVCallback, LSUVReport, lsuv_
+from fastai_lsuv.reading import Reading
 
 GOLDEN = Path(__file__).parent / 'golden' / 'signatures.txt'
 
@@ -14,8 +15,9 @@ GOLDEN = Path(__file__).parent / 'golden' / 'signatures.txt'
 def surface():
     "One line a public name, with its parameters and defaults."
     for name in sorted(fastai_lsuv.__all__): yield f'{name}{signature(getattr(fastai_lsuv, name))}'
-    for name in sorted(vars(LSUVReport)):
-        if not name.startswith('_'): yield f'LSUVReport.{name}{signature(inspect.getattr_static(LSUVReport, name))}'
+    for cls, where in ((LSUVReport, LSUVReport), (ActivationStatsRecorder, Reading)):
+        for name in sorted(vars(where)):
+            if not name.startswith('_'): yield f'{cls.__name__}.{name}{signature(inspect.getattr_static(where, name))}'
     yield f'Learner.lsuv_init{signature(Learner.lsuv_init)}'
 
 
