@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
@@ -16,6 +14,7 @@ from fastcore.meta import delegates
 
 from fastai_lsuv.batch import as_fed
 from fastai_lsuv.evidence import LoadWatch, copied, signs_of_training
+from fastai_lsuv.loop import came_through_fit
 from fastai_lsuv.lsuv import lsuv_, run
 from fastai_lsuv.options import Options
 from fastai_lsuv.ranks import Ranks, Together
@@ -66,7 +65,7 @@ class LSUVCallback(Callback):
         """Run LSUV if this is the first real fit of a fresh network."""
         learn = self._learn
         assert learn is not None
-        if not _came_through_fit(learn):
+        if not came_through_fit(learn):
             return
         try:
             self._run_once(learn)
@@ -159,17 +158,3 @@ def _ranks_of(learn: Learner) -> Ranks:
 
 def _has_had_lsuv(learn: Learner) -> bool:
     return "lsuv_report" in vars(learn)
-
-
-def _came_through_fit(learn: Learner) -> bool:
-    """Whether the event at hand was fired by `learn.fit`.
-
-    `validate`, `get_preds`, `tta`, `with learn:` and others fire `before_fit`, too, and nothing in the Learner's
-    attributes tells them apart: only the frames do.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_locals.get("self") is learn and frame.f_code.co_name in ("fit", "__enter__"):
-            return frame.f_code.co_name == "fit"
-        frame = frame.f_back
-    return False

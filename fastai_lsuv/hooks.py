@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import wraps
 from typing import Any
 
+import torch
 from torch import nn
 
 PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
@@ -29,3 +32,39 @@ def hooked(
         for module, hook in after.items():
             handles.callback(module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
         yield
+
+
+class NextCall:
+    """A context in which the next forward of a module will run, and no later one.
+
+    Entered within the call and left with it, so that an exception or interrupt in the forward leaves nothing behind.
+    """
+
+    def __init__(self, module: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._module, forward = module, module.forward
+
+        @wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.cancel()
+            with context():
+                return forward(*args, **kwargs)
+
+        # a module with `compile()` called on it would call compiled code instead of its forward
+        self._instead = {"forward": run, "_compiled_call_impl": None}
+        self._before = {name: vars(module)[name] for name in self._instead if name in vars(module)}
+        vars(module).update(self._instead)
+
+    def cancel(self) -> None:
+        """Have the next forward run as ever."""
+        attributes = vars(self._module)
+        for name in self._instead:
+            attributes.pop(name, None)
+        attributes.update(self._before)
+        self._instead, self._before = {}, {}
+
+
+def eagerly() -> AbstractContextManager[Any]:
+    """Compiled modules run as plain ones: every hook fires, and nothing is compiled for the sake of a few passes."""
+    if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and to import it takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")

@@ -1,48 +1,25 @@
-"""Frames in, figures out.
-
-Every function takes DataFrames and gives back a matplotlib `Figure` that no global state knows of: pyplot, its current
-figure and `rcParams` are left alone, and colours are explicit, so that a figure looks the same in a dark notebook.
-"""
+"""Frames in, figures out: the figures of LSUV itself."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from io import BytesIO
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator, PercentFormatter, SymmetricalLogLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from fastai_lsuv.figure import INK, Floats, finish, new_figure, scale_mean, scale_std, shortened
 
 __all__ = ["plot_demo", "plot_report"]
 
 # Okabe and Ito's palette, which colour-blind people can tell apart; markers and hatching differ as well.
 SERIES = (("#D55E00", "o"), ("#0072B2", "s"))
 BANDS = (("skipped", "#E2E2E2", ""), ("not_converged", "#F5D6E6", "////"))
-HATCHING, INK, PALE = "#C58AAA", "#333333", "#E4E4E4"
+HATCHING = "#C58AAA"
 
-LOG_FROM = 8.0  # a std that spans more than this factor is drawn on a log axis
-SYMLOG_FROM = 10.0  # a mean farther out than this many wanted stds is drawn on a symlog axis
 MAX_LABELS = 40  # layer names below one axis
-MAX_NAME = 24  # characters shown of a layer's name
-
-Floats = npt.NDArray[np.float64]
-
-
-class _DisplayedFigure(Figure):
-    """A `Figure` that a notebook shows once.
-
-    Unlike pyplot's, a plain `Figure` isn't shown at the end of a cell, and as a cell's value it is shown only where
-    pyplot's inline backend was switched on before. There, IPython prefers that backend's formatter to this method.
-    """
-
-    def _repr_png_(self) -> bytes:
-        png = BytesIO()
-        self.savefig(png, format="png", bbox_inches="tight", facecolor=self.get_facecolor())
-        return png.getvalue()
 
 
 def plot_report(
@@ -61,10 +38,10 @@ def plot_report(
     stds, means = (frame[[f"{quantity}_{time}" for time in times]].astype(float) for quantity in ("std", "mean"))
     stds.columns = means.columns = pd.Index(times if len(times) > 1 else ["measured"])
 
-    fig = _figure(width=min(max(8.0, 3 + 0.22 * len(frame)), 15.0), height=6.5)
+    fig = new_figure(width=min(max(8.0, 3 + 0.22 * len(frame)), 15.0), height=6.5)
     std_ax, mean_ax = fig.subplots(2, sharex=True)
-    _scale_std(std_ax, stds, std)
-    _scale_mean(mean_ax, means, center=mean or 0.0, unit=std or 1.0)
+    scale_std(std_ax, stds, std)
+    scale_mean(mean_ax, means, center=mean or 0.0, unit=std or 1.0)
     for ax, values, wanted, label in ((std_ax, stds, std, "std"), (mean_ax, means, mean, "mean")):
         _curves(ax, values)
         _mark(ax, wanted, "wanted")
@@ -72,7 +49,7 @@ def plot_report(
         ax.set_ylabel(f"{label} of the output")
     _name_layers(mean_ax, frame["name"])
     _legend(std_ax)
-    _finish(fig, _report_title(frame, mean, std))
+    finish(fig, _report_title(frame, mean, std))
     return fig
 
 
@@ -82,9 +59,9 @@ def plot_demo(
     chance: float = 0.1,  # accuracy of a blind guess, 0 to 1
 ) -> Figure:
     """Draw two runs side by side: on the left the signal before training, on the right what training makes of it."""
-    fig = _figure(width=12.0, height=4.8)
+    fig = new_figure(width=12.0, height=4.8)
     std_ax, accuracy_ax = fig.subplots(1, 2)
-    _scale_std(std_ax, stds)
+    scale_std(std_ax, stds)
     _curves(std_ax, stds)
     _name_layers(std_ax, stds.index)
     std_ax.set_ylabel("std of the output, before training")
@@ -102,40 +79,8 @@ def plot_demo(
     _legend(std_ax)
     _legend(accuracy_ax)
     reached = ", ".join(f"{accuracy:.1%} with {run}" for run, accuracy in accuracies.iloc[-1].items())
-    _finish(fig, f"A plain network of {len(stds)} layers: {reached}")
+    finish(fig, f"A plain network of {len(stds)} layers: {reached}")
     return fig
-
-
-def _figure(width: float, height: float) -> Figure:
-    return _DisplayedFigure(figsize=(width, height), layout="constrained", facecolor="white")
-
-
-def _scale_std(ax: Axes, stds: pd.DataFrame, wanted: float | None = None) -> None:
-    """Log where the values span more than a linear axis can show."""
-    shown = np.append(_finite(stds), wanted or [])
-    shown = shown[shown > 0]
-    if shown.size and shown.max() > LOG_FROM * shown.min():
-        ax.set_yscale("log", nonpositive="mask")
-        ax.margins(y=0.1)  # room for the triangles
-    else:
-        ax.set_ylim(0, 1.15 * shown.max(initial=0.0) or 1.0)
-
-
-def _scale_mean(ax: Axes, means: pd.DataFrame, center: float, unit: float) -> None:
-    """Symlog where one layer's mean would press all the others flat; and rounding errors aren't to fill the axis."""
-    if np.abs(_finite(means) - center).max(initial=0.0) > SYMLOG_FROM * unit:
-        ax.set_yscale("symlog", linthresh=unit, linscale=2.0)
-        ticks = SymmetricalLogLocator(base=10.0, linthresh=unit)
-        ticks.set_params(numticks=8)
-        ax.yaxis.set_major_locator(ticks)
-        ax.margins(y=0.1)
-    else:
-        ax.update_datalim([(0, center - 0.01 * unit), (0, center + 0.01 * unit)])
-
-
-def _finite(values: pd.DataFrame) -> Floats:
-    array: Floats = values.to_numpy(float)
-    return array[np.isfinite(array)]
 
 
 def _curves(ax: Axes, values: pd.DataFrame, x: Floats | None = None) -> None:
@@ -170,7 +115,7 @@ def _bands(ax: Axes, status: pd.Series[str]) -> None:
 
 def _name_layers(ax: Axes, names: Iterable[Hashable]) -> None:
     """Write the layers' names below the axis, as many as there is room for."""
-    labels = [_shortened(str(name) or "(model)") for name in names]
+    labels = [shortened(str(name) or "(model)") for name in names]
     step = -(-len(labels) // MAX_LABELS) or 1
     shown = labels[::step]
     rotation = 0 if sum(map(len, shown)) <= MAX_LABELS else 90
@@ -179,30 +124,8 @@ def _name_layers(ax: Axes, names: Iterable[Hashable]) -> None:
     ax.set_xlabel("layer, in the order of execution" + (f" (one name in {step})" if step > 1 else ""))
 
 
-def _shortened(name: str) -> str:
-    """The name without its middle: its beginning tells the stage, its end the layer."""
-    if len(name) <= MAX_NAME:
-        return name
-    head = MAX_NAME // 3
-    return f"{name[:head]}…{name[head + 1 - MAX_NAME :]}"
-
-
 def _legend(ax: Axes) -> None:
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, frameon=False, borderaxespad=0.2, columnspacing=1.2)
-
-
-def _finish(fig: Figure, title: str) -> None:
-    """Set the title and all the colours that a user's style would set otherwise."""
-    fig.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    for ax in fig.axes:
-        ax.set_facecolor("white")
-        ax.grid(visible=True, axis="y", color=PALE, linewidth=0.8)
-        ax.set_axisbelow(True)
-        ax.tick_params(which="both", colors=INK)
-        ax.spines[:].set_color(INK)
-        ax.spines[["top", "right"]].set_visible(False)
-    for text in fig.findobj(Text):
-        text.set_color(INK)
 
 
 def _report_title(frame: pd.DataFrame, mean: float | None, std: float | None) -> str:

@@ -6,7 +6,7 @@ import random
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fastai_lsuv.errors import name_module_at_work
+from fastai_lsuv.hooks import eagerly
 from fastai_lsuv.modules import is_scripted, open_modules
 from fastai_lsuv.ranks import Ranks
 
@@ -191,7 +192,7 @@ class Rehearsal:
         for norm in self._norms:
             norm.training = True
         args, kwargs = copied(self.call)
-        with torch.no_grad(), _eagerly():
+        with torch.no_grad(), eagerly():
             self.model(*args, **kwargs)
         self.n_forward += 1
 
@@ -220,7 +221,7 @@ class Rehearsal:
             state.restore()
             now.restore()
             args, kwargs = copied(call)
-            with torch.no_grad(), _eagerly():
+            with torch.no_grad(), eagerly():
                 return module(*args, **kwargs)
 
         try:
@@ -232,13 +233,6 @@ class Rehearsal:
             for m, kept in hooks:
                 m._forward_hooks = kept
             now.restore()
-
-
-def _eagerly() -> AbstractContextManager[Any]:
-    """Compiled modules run as plain ones: every hook fires, and nothing is compiled for the sake of three passes."""
-    if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and to import it takes seconds
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
 
 
 def as_call(batch: Any) -> Call:

@@ -1,7 +1,8 @@
-"""Moments of a tensor: exact, cheap, and mergeable over calls."""
+"""Moments of a tensor: exact, cheap, and mergeable over calls; and what a sample of its values tells at a glance."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,16 @@ _SMALL = 2**15
 _MAX_RATIO = 100.0
 # Outside this range the squares of float32 values overflow or underflow; float64 holds them.
 _SAFE_SQUARES = (1e-30, 1e30)
+
+
+# A sample of a large output: mean and std are then within 2 % of the std, for a cost that doesn't grow with the output.
+SAMPLE = 2**15  # values at most
+FEW = 2**12  # of these, at most, for shares and histograms
+HIST_BINS, HIST_RANGE = 40, (0.0, 10.0)  # as in fastai's `ActivationStats`: `histc(40, 0, 10)`
+FEATURES = ("mean", "std", "near_zero", "sparsity", "at_limit", "signal")  # see `describe`
+_SPARSE = 0.05  # of the std: nearer to 0 than this is nothing beside the rest
+_LIMIT = 0.05  # of the range of sizes: nearer to its upper end than this is at the limit
+_MANY = 100  # of fewer values some are always near their limit
 
 
 @dataclass(frozen=True)
@@ -115,3 +126,74 @@ def _sum_of_squares(x: Tensor) -> Tensor:
 def _rows(x: Tensor) -> tuple[Tensor, Tensor]:
     whole = x.numel() - x.numel() % _ROW
     return x[:whole].view(-1, _ROW), x[whole:]
+
+
+def sample(x: Tensor, size: int = SAMPLE) -> Tensor:
+    """A copy of up to `size` values of `x` in fp32, spread evenly over all of it: all values if there are no more.
+
+    In two rows of the same places in both halves of the batch, so that the samples in it can be compared; in one row
+    if its size is odd.
+    """
+    x = x.detach().as_subclass(Tensor)
+    if x.is_nested:
+        x = x.values()
+    rows = 1 if not x.dim() or len(x) % 2 else 2
+    values = _flat(x).view(rows, -1)
+    distance = _distance(values.shape[1], x.numel() / size)
+    return values[:, ::distance].to(torch.float32, copy=True)
+
+
+def _distance(n: int, at_least: float) -> int:
+    """A distance between sampled values of `n` that has no divisor in common with `n`, hence none with any dimension.
+
+    A power of two would see the border columns of a map, or some of the channels, and no others.
+    """
+    distance = max(math.ceil(at_least), 1)
+    while math.gcd(distance, n) > 1:
+        distance += 1
+    return distance
+
+
+def describe(
+    samples: Tensor,  # of outputs of one size, as `sample` makes them: (outputs, 1 or 2, values), fp32
+    n: int,  # number of values of each output
+    near_zero: float = 0.05,  # |x| up to it counts as near zero
+    with_hist: bool = False,  # with a histogram, whose counts are scaled up to all `n` values
+) -> Tensor:
+    """What each sample shows: (outputs, features), with the columns of `FEATURES`, then those of a histogram.
+
+    `mean` and (unbiased) `std`; `near_zero`, the share of |x| <= near_zero; `sparsity`, the share that is nearly zero
+    beside the std, whatever the scale; `at_limit`, the share of sizes near the largest: of a saturated tanh nearly all,
+    of a saturated sigmoid half; `signal`, the part of the std that differs from one half of the batch to the other, 0
+    to about 1 (NaN of an odd batch). Nothing waits for the device.
+    """
+    rows = samples.flatten(1)
+    values = rows.shape[1]
+    mean = rows.mean(1)
+    norm = torch.linalg.vector_norm(rows - mean[:, None], dim=1)
+    std = norm / math.sqrt(values - 1) if values > 1 else norm * math.nan
+    few = rows[:, :: _distance(n, values / FEW)]
+    size = few.abs()
+    low, high = size.aminmax(dim=1, keepdim=True)
+    at_limit = size >= high - _LIMIT * (high - low) if values >= _MANY else torch.zeros_like(few)
+    shares = (size <= near_zero, size <= _SPARSE * std.nan_to_num(0.0)[:, None], at_limit)
+    features = torch.stack([mean, std, *(share.float().mean(1) for share in shares), _signal(samples) / std], 1)
+    return torch.cat([features, _histogram(few, n)], 1) if with_hist else features
+
+
+def _signal(samples: Tensor) -> Tensor:
+    """How far the halves of the batch differ in the same places, as a std."""
+    if samples.shape[1] == 1:
+        return samples.new_full((len(samples),), math.nan)
+    difference = samples[:, 0] - samples[:, 1]
+    return torch.linalg.vector_norm(difference, dim=1) / math.sqrt(2 * difference.shape[1])
+
+
+def _histogram(rows: Tensor, n: int) -> Tensor:
+    """`rows[i].histc(HIST_BINS, *HIST_RANGE)` for every row, scaled up to `n` values."""
+    low, high = HIST_RANGE
+    inside = (rows >= low) & (rows <= high)  # neither NaN nor infinity is
+    bins = (torch.where(inside, rows - low, 0.0) * (HIST_BINS / (high - low))).long().clamp(max=HIST_BINS - 1)
+    bins += HIST_BINS * torch.arange(len(rows), device=rows.device)[:, None]
+    counts = rows.new_zeros(len(rows) * HIST_BINS).scatter_add_(0, bins.view(-1), inside.float().view(-1))
+    return counts.view(-1, HIST_BINS) * (n / rows.shape[1])

@@ -10,8 +10,9 @@ import fastai_lsuv
 
 PACKAGE = Path(fastai_lsuv.__file__).parent
 ORDER = ['errors', 'stats', 'ranks', 'modules', 'options', 'probe', 'hooks', 'rehearsal', 'units', 'survey', 'solver', 'step', 'block', 'correction',
-         'plots', 'report', 'lsuv', 'evidence', 'effects', 'replay', 'batch', 'callback', 'demo']
-NO_FASTAI = [*ORDER[:ORDER.index('correction') + 1], 'lsuv']
+         'figure', 'plots', 'activation_curves', 'activation_maps', 'report', 'lsuv', 'loop', 'evidence', 'effects', 'replay', 'batch', 'callback',
+         'capture', 'history', 'reading', 'logs', 'recorder', 'demo']
+NO_FASTAI = [*ORDER[:ORDER.index('correction') + 1], 'lsuv', 'capture', 'history']
 ROOMS = sorted(p.stem for p in PACKAGE.glob('*.py') if not p.stem.startswith('__'))
 
 
@@ -43,7 +44,9 @@ def test_the_algorithm_imports_no_fastai(room):
     assert not {name for name in imports(room) if name.split('.')[0] in ('fastai', 'fastcore')}
 
 
-def test_plots_imports_nothing_of_ours(): assert not [n for n in imports('plots') if n.startswith('fastai_lsuv')]
+@pytest.mark.parametrize('room', ['figure', 'plots', 'activation_curves', 'activation_maps'])
+def test_figures_know_of_frames_only(room):
+    assert {n for n in imports(room) if n.startswith('fastai_lsuv')} <= {'fastai_lsuv.figure'}
 
 
 def test_importing_says_nothing_and_leaves_the_plotting_backend_alone():

@@ -1,0 +1,181 @@
+"""What was recorded of the layers over a training: a bounded store, its frame, and a verdict on each layer."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+Floats = npt.NDArray[np.floating]
+INDEX = ("fit", "epoch", "step", "phase")
+_RUNNING = ("first_std", "last_std", "min_std", "max_std", "max_near_zero")
+HIDDEN = ("sparsity", "at_limit", "signal", "hist")  # columns that verdicts and histograms are made from
+
+# Rules of the verdicts, rough on purpose: a healthy layer of any architecture is to pass, a broken one is not.
+EXPLODING = 1e3  # std that no healthy layer reaches
+VANISHING = 1e-3  # std that is nothing beside a bias of default size
+SIGNAL = 0.01  # part of the std that the input makes: below it the outputs of all samples are the same
+CHANGE = 100.0  # by how much the std may grow (from 1 at least) or fall since the first record
+DYING = 0.95  # share of outputs that are nothing beside the layer's own std
+SATURATED = 0.35  # share of outputs at the limit of the layer's range: of a sigmoid it could be half
+
+
+class Record(NamedTuple):
+    """Statistics of all layers in one batch."""
+
+    fit: int  # number of the fit, from 0
+    epoch: int  # in the fit
+    step: int  # training batches before this one, over all fits
+    phase: str  # train, valid
+    values: Floats  # (layers, columns); NaN for a layer that didn't run
+
+
+class History:
+    """Records of several fits, `max_records` at most.
+
+    When it is full every other old record is dropped, so that the spacing doubles; never the newest. The summary's
+    extremes are those of all training records ever made.
+    """
+
+    def __init__(
+        self,
+        max_records: int,  # kept at most
+        columns: Sequence[str],  # of a record's values: `mean`, `std`, `near_zero`, …; several may be `hist`
+    ) -> None:
+        self.max_records, self.columns = max_records, tuple(columns)
+        self.names: list[str] = []
+        self.types: list[str] = []
+        self.records: list[Record] = []
+        self._numbers: list[int] = []  # of each record, among all of its phase
+        self._made: Counter[str] = Counter()  # records ever made, by phase
+        self._spacing = 1
+        self._running: Floats = np.empty((0, len(_RUNNING)))
+        self._latest: Floats = np.empty((0, len(self.columns)))
+
+    def add_layers(self, names: Sequence[str], types: Sequence[str]) -> list[int]:
+        """Make room for layers; returns the place of each in a record's values, the old one of a known name."""
+        for name, kind in zip(names, types, strict=True):
+            if name not in self.names:
+                self.names.append(name)
+                self.types.append(kind)
+        self._running, self._latest = (_padded(table, len(self.names)) for table in (self._running, self._latest))
+        return [self.names.index(name) for name in names]
+
+    def placed(self, values: Floats, places: Sequence[int]) -> Floats:
+        """Values of some layers in their places among all."""
+        table = np.full((len(self.names), values.shape[1]), np.nan, values.dtype)
+        table[list(places)] = values
+        return table
+
+    def add(self, record: Record) -> None:
+        """Store one record, and drop others if there are too many."""
+        if record.phase == "train":
+            self._note(record.values)
+        if self.records and self._numbers[-1] % self._spacing:  # it was held as the newest only
+            self.records.pop()
+            self._numbers.pop()
+        self.records.append(record)
+        self._numbers.append(self._made[record.phase])
+        self._made[record.phase] += 1
+        while len(self.records) > self.max_records:
+            self._thin_out()
+
+    def _thin_out(self) -> None:
+        self._spacing *= 2
+        *old, newest = range(len(self.records))
+        old = [i for i in old if self._numbers[i] % self._spacing == 0]
+        kept = [*old[: self.max_records - 1], newest]
+        self.records, self._numbers = [self.records[i] for i in kept], [self._numbers[i] for i in kept]
+
+    def _note(self, values: Floats) -> None:
+        """Keep the extremes up to date, and each layer's latest values."""
+        mean, std, near_zero = (values[:, self.columns.index(name)] for name in ("mean", "std", "near_zero"))
+        ran = ~np.isnan(near_zero)
+        std = np.where(ran & ~np.isfinite(mean), np.inf, std)
+        first, _, low, high, most = self._running.T
+        last = np.where(np.isnan(std), self._running[:, 1], std)
+        first = np.where(np.isnan(first), std, first)
+        extremes = (np.fmin(low, std), np.fmax(high, std), np.fmax(most, near_zero))
+        self._running = np.stack([first, last, *extremes], 1)
+        self._latest = np.where(ran[:, None], values, self._latest)
+
+    # reading
+
+    def place(self, layer: int | str) -> int:
+        """The place of a layer, given by index or name.
+
+        Raises:
+            IndexError, KeyError: there is no such layer.
+        """
+        if isinstance(layer, str):
+            if layer in self.names:
+                return self.names.index(layer)
+            near = difflib.get_close_matches(layer, self.names, n=1, cutoff=0.0)
+            raise KeyError(f"{layer!r} is not recorded" + (f"; the nearest name is {near[0]!r}" if near else ""))
+        if not -len(self.names) <= layer < len(self.names):
+            raise IndexError(f"layer {layer}: there are {len(self.names)} layers")
+        return range(len(self.names))[layer]
+
+    def values(self, column: str, phase: str = "train") -> Floats:
+        """One column of all records of a phase: (records, layers), or (records, layers, bins) of `hist`."""
+        picked = [i for i, name in enumerate(self.columns) if name == column]
+        table = self._stacked([record for record in self.records if record.phase == phase])[:, :, picked]
+        return table if column == "hist" else table[:, :, 0]
+
+    def index(self, phase: str) -> pd.DataFrame:
+        """`fit`, `epoch` and `step` of all records of a phase."""
+        rows = [record[:3] for record in self.records if record.phase == phase]
+        return pd.DataFrame(rows, columns=list(INDEX[:3]))
+
+    def frame(self, records: Sequence[Record] | None = None) -> pd.DataFrame:
+        """One row a record (all of them, or those given) and layer that ran in it."""
+        records = self.records if records is None else records
+        table = self._stacked(records)
+        ran = ~np.isnan(table[:, :, self.columns.index("near_zero")])
+        at, layer = np.nonzero(ran)
+        index = {name: np.array([getattr(record, name) for record in records])[at] for name in INDEX}
+        visible = {name: table[:, :, i][ran] for i, name in enumerate(self.columns) if name not in HIDDEN}
+        return pd.DataFrame(index | {"layer": np.array(self.names, dtype=object)[layer]} | visible)
+
+    def _stacked(self, records: Sequence[Record]) -> Floats:
+        """(records, layers, columns); NaN where a layer wasn't there yet."""
+        shape = (len(records), len(self.names), len(self.columns))
+        return np.stack([_padded(r.values, len(self.names)) for r in records]) if records else np.empty(shape)
+
+    def summary(self) -> pd.DataFrame:
+        """One row for each layer that ran: its type, extremes over all training records, and a verdict."""
+        running = pd.DataFrame(self._running, columns=list(_RUNNING), index=pd.Index(self.names, name="layer"))
+        running.insert(0, "type", self.types)
+        latest = pd.DataFrame(self._latest, columns=list(self.columns), index=running.index)
+        running["verdict"] = [verdict(running.loc[name], latest.loc[name]) for name in running.index]
+        return running.dropna(subset="max_near_zero")
+
+
+def verdict(running: pd.Series, latest: pd.Series) -> str:
+    """What is wrong with a layer, by the first of these rules that applies to its latest record.
+
+    `exploding`: the std is above 1,000, or above 100 times its first value (and 100), or not finite.
+    `dying`: 95 % of the outputs are nothing (within 5 % of the layer's own std), whatever its scale.
+    `vanishing`: the std is below 0.001, or below 1 % of its first value, or less than 1 % of it is due to the input:
+    all samples give the same.
+    `saturated`: 35 % of the outputs are within 5 % of the largest size, as of a tanh or sigmoid driven too hard.
+    `healthy`: none of these.
+    """
+    first, last = running["first_std"], running["last_std"]
+    if last > min(EXPLODING, CHANGE * max(first, 1.0)):
+        return "exploding"
+    if latest["sparsity"] >= DYING:
+        return "dying"
+    if last < max(VANISHING, first / CHANGE) or latest["signal"] < SIGNAL:
+        return "vanishing"
+    return "saturated" if latest["at_limit"] >= SATURATED else "healthy"
+
+
+def _padded(table: Floats, n: int) -> Floats:
+    missing = np.full((n - len(table), table.shape[1]), np.nan, table.dtype)
+    return np.concatenate([table, missing]) if len(missing) else table
