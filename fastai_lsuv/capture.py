@@ -29,6 +29,7 @@ class Capture:
 
     def __init__(self, layers: Sequence[nn.Module], with_grad: bool = False) -> None:
         self.layers, self.with_grad = layers, with_grad
+        self.complete = False  # whether the forward has come to its end
         self.outputs: Samples = []
         self.gradients: Samples = []
 
@@ -38,6 +39,7 @@ class Capture:
         hooks = {layer: partial(self._see, i) for i, layer in enumerate(self.layers)}
         with eagerly(), hooked(hooks):
             yield
+        self.complete = True
 
     def _see(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         y = first_tensor(output)

@@ -57,7 +57,7 @@ class ActivationStatsRecorder(Reading, Callback):
         self.with_grad, self.valid, self.near_zero, self.fname = with_grad, valid, near_zero, fname
         self.run_valid = valid
         self._history = History(max_records, columns(with_hist, with_grad))
-        self._fit, self._step, self._first_step = -1, 0, 0
+        self._fit, self._steps, self._first_step = -1, 0, 0
         self._csv: CSVLog | None = None
         self._forget()
 
@@ -69,6 +69,7 @@ class ActivationStatsRecorder(Reading, Callback):
         self._forget_batch()
 
     def _forget_batch(self) -> None:
+        self._where: tuple[int, int, int, str] | None = None  # the batch at hand, if it is one of a fit's own
         self._capture: Capture | None = None
         self._call: NextCall | None = None
         self._loss: Tensor | None = None  # as it was before it was scaled for mixed precision
@@ -78,7 +79,8 @@ class ActivationStatsRecorder(Reading, Callback):
 
     def before_fit(self) -> None:
         """Choose the layers, if this is a real fit (on the first rank)."""
-        self._flush()  # what an interrupted fit has left
+        self._end_batch()  # what an interrupted fit has left
+        self._flush()
         self._forget()
         learn = self.learn
         if not came_through_fit(learn) or learn._grab_cbs(LRFinder) or rank_distrib():
@@ -91,13 +93,16 @@ class ActivationStatsRecorder(Reading, Callback):
         if self.fname is not None and self._csv is None:
             self._csv = CSVLog(Path(learn.path) / self.fname, self._history.frame([]).columns.tolist())
         self._places = self._history.add_layers([names[m] for m in layers], [type(m).__name__ for m in layers])
-        self._layers, self._fit, self._first_step = layers, self._fit + 1, self._step
+        self._layers, self._fit, self._first_step = layers, self._fit + 1, self._steps
 
     def before_batch(self) -> None:
         """Watch the coming forward."""
-        self._forget_batch()
-        count = self._step if self.training else self.iter
-        if self._layers and count % self.every == 0 and phase_of_batch(self.learn) is not None:
+        phase = phase_of_batch(self.learn) if self._layers else None
+        if phase is None:
+            return
+        self._end_batch()  # another callback may have cut the last one short, or the epoch with it
+        self._where = self._fit, self.epoch, self._steps, phase
+        if (self._steps if self.training else self.iter) % self.every == 0:
             self._capture = Capture(self._layers, self.with_grad)
             self._call = NextCall(self.learn.model, self._capture.watching)
 
@@ -114,31 +119,36 @@ class ActivationStatsRecorder(Reading, Callback):
 
     def after_batch(self) -> None:
         """Compute what the samples show."""
-        if self._call is not None:
-            self._call.cancel()  # another callback may have cancelled the batch
-        if self._capture is not None and self._capture.outputs:
-            self._keep(self._capture)
-        self._forget_batch()
-        if self._layers and self.training:
-            self._step += 1
+        if self._where is not None and phase_of_batch(self.learn) is not None:
+            self._end_batch()
 
     def after_epoch(self) -> None:
         """Bring everything to where it is kept."""
+        self._end_batch()
         self._flush()
 
     def after_cancel_fit(self) -> None:
         """The same, before loggers close at the end of the fit."""
+        self._end_batch()
         self._flush()
 
     def after_fit(self) -> None:
         """The same, and let go of the model."""
         if self._layers and came_through_fit(self.learn):
+            self._end_batch()
             self._flush()
             self._forget()
 
-    def _keep(self, capture: Capture) -> None:
-        where = (self._fit, self.epoch, self._step, "train" if self.training else "valid")
-        self._outbox.add(where, capture.statistics(self.near_zero, self.with_hist, self._scale))
+    def _end_batch(self) -> None:
+        """Keep the batch at hand, if there is one and the model got through it, and count it."""
+        if self._where is None:
+            return
+        if self._call is not None:
+            self._call.cancel()  # another callback may have cancelled the batch before its forward
+        if self._capture is not None and self._capture.complete:
+            self._outbox.add(self._where, self._capture.statistics(self.near_zero, self.with_hist, self._scale))
+        self._steps += self._where[-1] == "train"
+        self._forget_batch()
         if self._outbox.full or logs_to_wandb(self.learn):
             self._flush()
 
@@ -163,6 +173,7 @@ class ActivationStatsRecorder(Reading, Callback):
         """With the history, without the model and what is on its device."""
         self._flush()
         forgotten = {"_layers": [], "_places": [], "_outbox": Outbox(), "_capture": None, "_call": None, "_loss": None}
+        forgotten["_where"] = None
         return super().__getstate__() | forgotten | {"_scale": 1.0}
 
 
