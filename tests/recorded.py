@@ -6,7 +6,7 @@ from fastai.data.core import DataLoaders
 from learners import learner
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from witness import Witness, hooks_on
+from witness import Witness, skin
 
 from fastai_lsuv import ActivationStatsRecorder
 
@@ -26,8 +26,9 @@ def fed(model, *inputs, bs=None, batches=2, cbs=(), train=lambda learn: learn.fi
     dls.n_inp = len(inputs)
     learn = learner(dls, model, loss_func=OneValue(), metrics=[], cbs=cbs, lr=1e-4)
     learn.add_cbs([rec := ActivationStatsRecorder(**options), seen := Witness()])
+    before = skin(model)
     train(learn)
-    assert not hooks_on(model)
+    assert skin(model) == before
     return rec, seen.records
 
 

@@ -17,12 +17,12 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.vision.all import Callback, CrossEntropyLossFlat, GradientAccumulation, MixUp
 from feeds import Columns, loaders
-from learners import Spy, digits, learner, small_cnn, two_groups
+from learners import Spy, digits, learner, seed, small_cnn
 from models import Stumble
 from recorded import Checkpointed
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from witness import Witness, assert_as_seen, held, hooks_on, records, skin
+from witness import Witness, assert_as_seen, close, hooks_on, records, skin
 
 import fastai_lsuv
 from fastai_lsuv import ActivationStatsRecorder
@@ -59,19 +59,19 @@ def everything(learn, train, **options):
 
 CASES = {'plainly': ({}, {}), 'all options': ({}, ALL), 'every third': ({}, dict(every=3, **ALL)), 'few records': ({}, dict(max_records=2, **ALL)), 'blocks': ({}, dict(modules=nn.Module.children, **ALL)),
          'mixup': (dict(cbs=lambda: MixUp()), ALL), 'accumulation': (dict(cbs=lambda: GradientAccumulation(64)), ALL), 'dropout and norms': (dict(model=dropping), ALL),
-         'checkpointing': (dict(model=lambda: Checkpointed(dropping())), ALL), 'a log': ({}, dict(fname='log.csv', **ALL))}
+         'checkpointing': (dict(model=lambda: Checkpointed(False, dropping())), ALL), 'a log': ({}, dict(fname='log.csv', **ALL))}
 
 
 @pytest.mark.parametrize('case', CASES)
 @pytest.mark.parametrize('train', [lambda learn: learn.fit_one_cycle(2, 1e-2), lambda learn: (learn.lr_find(num_it=5, show_plot=False), learn.fine_tune(1), learn.validate())], ids=['one cycle', 'find, tune'])
-def test_training_is_the_same_to_the_bit(dls, tmp_path, case, train):
+def test_training_is_the_same_to_the_bit(tmp_path, case, train):
     how, options = CASES[case]
     def run(**recorder):
         cbs = [how['cbs']()] if 'cbs' in how else []
         if recorder: cbs.append(ActivationStatsRecorder(**recorder['options']))
         model = how.get('model', small_cnn)()
-        learn = learner(dls, model, path=tmp_path, cbs=cbs, splitter=lambda m: [list(m.parameters())[:4], list(m.parameters())[4:]])
-        torch.manual_seed(17)
+        seed(17)
+        learn = learner(digits(96), model, path=tmp_path, cbs=cbs, splitter=lambda m: [list(m.parameters())[:4], list(m.parameters())[4:]])
         return everything(learn, train), [cb for cb in cbs if isinstance(cb, ActivationStatsRecorder)]
     if 'fname' in options: options = options | {'fname': tmp_path/options['fname']}
     (without, _), (with_it, (rec,)) = run(), run(options=options)
@@ -82,8 +82,8 @@ def test_training_is_the_same_to_the_bit(dls, tmp_path, case, train):
 @pytest.mark.slow
 def test_with_several_workers(tmp_path):
     def run(cbs):
+        seed(17)
         learn = learner(digits(96, num_workers=2), small_cnn(), path=tmp_path, cbs=cbs)
-        torch.manual_seed(17)
         return everything(learn, lambda learn: learn.fit(2))
     without, with_it = run([]), run([ActivationStatsRecorder(**ALL)])
     for key in without: assert without[key] == with_it[key], key
@@ -121,18 +121,16 @@ class Raises(Callback):
         if event == self.event and self.error is not None and self.n >= 2: raise self.error
 
 
-ERRORS = [RuntimeError('broken'), KeyboardInterrupt(), SystemExit()]
-PLACES = ['model', 'inner hook', 'loss', 'backward', *(f'{e} {o}' for e in ('before_batch', 'after_pred', 'after_loss', 'after_batch', 'before_validate') for o in (-30, 50, 100))]
+PLACES = ['model', 'inner hook', 'loss', 'backward', *(f'{e} {o}' for e in ('before_batch', 'after_pred') for o in (-30, 50)), 'after_pred 100', 'after_loss 50', 'after_batch 100', 'before_validate 50']
 
 
-@pytest.mark.parametrize('options', [{}, ALL], ids=['plainly', 'all options'])
-@pytest.mark.parametrize('error', ERRORS, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize('kind', [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize('place', PLACES)
-def test_no_hook_is_left_when_an_error_or_an_interrupt_ends_it(place, error, options, tmp_path):
+def test_no_hook_is_left_when_an_error_or_an_interrupt_ends_it(place, kind, tmp_path):
     "Not after the next event, but at once, while the error is still being handled; and the next fit records as if nothing had happened."
-    stumble, back, loss, cb = Stumble(None, 0), Backfires(), Loss(), Raises()
+    error, stumble, back, loss, cb = kind('broken'), Stumble(None, 0), Backfires(), Loss(), Raises()
     model = nn.Sequential(*small_cnn(), stumble, back)
-    learn = learner(loaders(), model, path=tmp_path, loss_func=loss, metrics=[], cbs=[rec := ActivationStatsRecorder(**options), cb])
+    learn = learner(loaders(), model, path=tmp_path, loss_func=loss, metrics=[], cbs=[rec := ActivationStatsRecorder(**ALL), cb])
     before, ran = skin(model), [False]
     if place == 'model': stumble.error, stumble.at = error, 2
     elif place == 'inner hook': cb.order, cb.event = 50, None; handle = model[1][0].register_forward_hook(lambda *args: (_ for _ in ()).throw(error)); before = skin(model)
@@ -141,14 +139,14 @@ def test_no_hook_is_left_when_an_error_or_an_interrupt_ends_it(place, error, opt
     else: cb.event, order = place.split(); cb.order, cb.error = int(order), error
     try: learn.fit(1)
     except BaseException as e:
-        assert e is error
+        assert type(e) is kind
         ran[0] = True
         assert skin(model) == before, 'while it is being handled'
     assert ran[0]
     if place == 'inner hook': handle.remove()
     stumble.error, stumble.at, back.error, loss.error, cb.event = None, 0, None, None, None
     kept = len(records(rec))
-    learn.add_cb(seen := Witness(valid=bool(options))).fit(2)
+    learn.add_cb(seen := Witness(valid=True)).fit(2)
     frame = rec.to_frame()
     assert frame.step.is_monotonic_increasing
     again = frame[frame.fit == frame.fit.max()]
@@ -156,7 +154,7 @@ def test_no_hook_is_left_when_an_error_or_an_interrupt_ends_it(place, error, opt
     assert records(rec)[kept:][-1].keys() == {*rec.layer_names}
     got = records(rec)[-len(seen.records):]
     for one, other in zip(got, seen.records):
-        for layer in one: assert one[layer] == pytest.approx(other[layer], rel=1e-4, abs=1e-5)
+        assert one.keys() <= other.keys() and all(close(one[layer], other[layer]) for layer in one)
     assert not hooks_on(model)
 
 
@@ -218,6 +216,7 @@ print(before, len(rec.to_frame().step.unique()))
 '''
 
 
+@pytest.mark.slow
 def test_exported_and_loaded_in_a_new_process(make, tmp_path):
     learn = make(cbs=ActivationStatsRecorder(with_hist=True, with_grad=True))
     learn.fit(1)

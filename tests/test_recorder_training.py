@@ -135,7 +135,7 @@ def test_models_of_other_precisions(dtype):
 
 def test_channels_last(tmp_path):
     rec, seen = fed(xresnet18(), images(4, 3, 32), cbs=ChannelsLast())
-    assert_as_seen(rec, seen, .02, .02)
+    assert_as_seen(rec, seen, .02)
 
 
 # --- compiled --------------------------------------------------------------------------------------------------------------------------------
