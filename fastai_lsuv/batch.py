@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from random import Random
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -112,9 +113,7 @@ def _untouched(dl: Iterable[Any]) -> Iterator[None]:
     parts = _parts(dl)
     attributes = [(vars(part), dict(vars(part))) for part in parts]
     contents = [(held, held[:] if isinstance(held, list) else held.copy()) for held in _containers(parts)]
-    generators = [(generator, generator.get_state()) for generator in _generators(dl)]
-    rng = getattr(dl, "rng", None)
-    rng_state = rng.getstate() if isinstance(rng, Random) else None
+    streams = [(restore, copy.deepcopy(state)) for part in parts for state, restore in _streams(part)]
     try:
         if isinstance(dl, DataLoader):
             dl.fake_l.num_workers = 0
@@ -124,10 +123,8 @@ def _untouched(dl: Iterable[Any]) -> Iterator[None]:
             put_back(current, saved)
         for held, content in contents:
             held[:] = content
-        for generator, state in generators:
-            generator.set_state(state)
-        if rng_state is not None:
-            rng.setstate(rng_state)  # type: ignore[union-attr]
+        for restore, state in streams:
+            restore(state)
 
 
 def _parts(dl: Any) -> list[Any]:
@@ -151,11 +148,14 @@ def _is_small_array(o: object) -> bool:
     return type(o) is np.ndarray and o.ndim == 1 and o.size < _MANY and o.flags.writeable
 
 
-def _generators(dl: Any) -> list[torch.Generator]:
-    """Torch generators of the loader and its samplers."""
-    batches = getattr(dl, "batch_sampler", None)
-    found = [
-        getattr(o, "generator", None)
-        for o in (dl, getattr(dl, "sampler", None), batches, getattr(batches, "sampler", None))
-    ]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+def _streams(part: Any) -> Iterator[tuple[Any, Callable[[Any], object]]]:
+    """States of the random generators that a part holds, Python's, numpy's and torch's, and what puts each back."""
+    for held in vars(part).values():
+        if isinstance(held, torch.Generator):
+            yield held.get_state(), held.set_state
+        elif isinstance(held, Random):
+            yield held.getstate(), held.setstate
+        elif isinstance(held, np.random.RandomState):
+            yield held.get_state(), held.set_state
+        elif isinstance(held, np.random.Generator):
+            yield held.bit_generator.state, partial(setattr, held.bit_generator, "state")

@@ -39,9 +39,9 @@ def switches_autocast(cb: Callback) -> bool:
     return enters and (holds or any("autocast" in name for code in _codes(cb, dir(type(cb))) for name in code.co_names))
 
 
-def uses_optimizer(cb: Callback) -> bool:
-    """Whether a callback asks for `opt` before the model is called."""
-    return any("opt" in code.co_names for code in _codes(cb, EVENTS))
+def names_in(callbacks: Iterable[Callback]) -> set[str]:
+    """All attributes and globals that the code of callbacks names before the model is called."""
+    return {name for cb in callbacks for code in _codes(cb, EVENTS) for name in code.co_names}
 
 
 def _sets_inputs(code: CodeType) -> bool:

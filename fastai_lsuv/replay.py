@@ -15,11 +15,9 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.torch_core import apply
 from fastcore.foundation import L
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
-from fastai_lsuv.effects import EVENTS, rewrites_inputs, switches_autocast, uses_optimizer
-from fastai_lsuv.rehearsal import ModuleState
+from fastai_lsuv.effects import EVENTS, names_in, rewrites_inputs, switches_autocast
 
 if TYPE_CHECKING:
     from fastai.learner import Learner
@@ -45,61 +43,75 @@ class Replay:
     ) -> None:
         self.learn, self.batch, self.begun = learn, batch, begun
         self.cbs = learn.cbs.sorted("order")
+        self.failing = ""  # who is at work
 
     def inputs(self) -> tuple[Any, ...]:
         """What the model will be called with."""
         callbacks = [cb for cb in self.cbs if rewrites_inputs(cb) and not self._is_early(cb)]
         with _own_autocast():
-            stand_in = self._tried(callbacks, "the inputs are taken as the DataLoader gives them")
-        return tuple((stand_in or self._stand_in([])[0]).xb)
+            inputs = self._tried(callbacks, "the inputs are taken as the DataLoader gives them") if callbacks else None
+        return self._inputs_after([]) if inputs is None else inputs
 
     def autocasts(self) -> list[torch.autocast]:
         """The autocast contexts in which the model will be called, one a device type at most."""
-        with _own_autocast():
+        with _own_autocast(), contextlib.ExitStack() as stack:
             for cb in self.cbs:
                 if switches_autocast(cb):
                     self._tried([cb], "its autocast is left out")
+                if (accelerator := vars(cb).get("accelerator")) is not None:  # it will wrap the model's forward
+                    stack.enter_context(accelerator.autocast())
             return [torch.autocast(t, torch.get_autocast_dtype(t)) for t in _DEVICES if torch.is_autocast_enabled(t)]
 
-    def _tried(self, callbacks: list[Callback], consequence: str) -> Any:
-        """A stand-in for the Learner after `before_batch` of copies of the callbacks; None if one of them fails."""
-        failing = ", ".join(type(cb).__name__ for cb in callbacks)
-        with _untouched(self.learn.model), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    def _tried(self, callbacks: list[Callback], consequence: str) -> tuple[Any, ...] | None:
+        """The inputs after `before_batch` of copies of the callbacks; None, and a warning, if one of them fails."""
+        self.failing = ", ".join(type(cb).__name__ for cb in callbacks)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")  # they will be heard when training says it
             try:
-                stand_in, copies = self._stand_in(callbacks)
-                for event in EVENTS:
-                    for cb in copies:
-                        failing = f"{type(cb).__name__}.{event}"
-                        if event != "before_fit" or cb.order >= self.begun:
-                            cb(event)
-                return stand_in
+                return self._inputs_after(callbacks)
             except Exception as error:
-                failure = error
-        warnings.warn(f"LSUV: {consequence}, because {failing} failed on trial: {failure!r}", stacklevel=2)
+                failure = repr(error)
+        warnings.warn(f"LSUV: {consequence}, because {self.failing} failed on trial: {failure}", stacklevel=2)
         return None
+
+    def _inputs_after(self, callbacks: list[Callback]) -> tuple[Any, ...]:
+        stand_in = object.__new__(type(self.learn))
+        try:
+            copies = self._copies(callbacks, stand_in)
+            stand_in._split(apply(_cloned, self.batch))
+            for event in EVENTS:
+                for cb in copies:
+                    self.failing = f"{type(cb).__name__}.{event}"
+                    if event != "before_fit" or cb.order >= self.begun:
+                        cb(event)
+            return tuple(stand_in.xb)
+        finally:
+            vars(stand_in).clear()  # copies refer to it: the batch would stay until the next garbage collection
 
     def _is_early(self, cb: Callback) -> bool:
         """Outside a fit the model isn't in the half precision yet for which this one casts the inputs."""
         return isinstance(cb, NonNativeMixedPrecision) and self.begun == -math.inf
 
-    def _stand_in(self, callbacks: list[Callback]) -> tuple[Any, list[Callback]]:
-        """A Learner of its own attributes, on the same model and data, and the callbacks' copies that belong to it."""
-        learn, stand_in = self.learn, _shallow_copy(self.learn)
-        stand_in.dls, loaders = _shallow_copy(learn.dls), [_shallow_copy(dl) for dl in learn.dls.loaders]
-        stand_in.dls.loaders = loaders
-        memo: dict[int, Any] = {id(o): o for o in (learn.model, *tree_leaves(_tensors_of(learn.opt)))}
-        memo |= {id(learn): stand_in, id(learn.dls): stand_in.dls}
-        memo |= {id(dl): new for dl, new in zip(learn.dls.loaders, loaders, strict=True)}
-        others = [cb for cb in learn.cbs if cb not in callbacks]
-        memo |= {id(cb): _shallow_copy(cb, learn=stand_in) for cb in others}
+    def _copies(self, callbacks: list[Callback], stand_in: Any) -> list[Callback]:
+        """Copies of the callbacks, for which the stand-in is the Learner.
+
+        It has what the Learner has, but copies of all that the callbacks' code names (the model, the optimizer, the
+        recorder, …), and views of the data loaders, whose data is too large to be copied.
+        """
+        learn = self.learn
+        dls, loaders = _view(learn.dls), [_view(dl) for dl in learn.dls.loaders]
+        memo: dict[int, Any] = {id(learn): stand_in, id(learn.dls): dls}
+        memo |= {id(dl): view for dl, view in zip(learn.dls.loaders, loaders, strict=True)}
+        dls.loaders = loaders
+        vars(stand_in).update(vars(learn) | {"dls": dls})
         copies = copy.deepcopy(callbacks, memo)
-        vars(stand_in).update({cb.name: memo[id(cb)] for cb in learn.cbs})
-        if any(uses_optimizer(cb) for cb in callbacks):
-            vars(stand_in).update(opt=copy.deepcopy(learn.opt, memo))
-        vars(stand_in).update(cbs=L(memo[id(cb)] for cb in learn.cbs), **_at_the_first_batch(stand_in.dls.train))
-        stand_in._split(apply(_cloned, self.batch))
-        return stand_in, copies
+        named = names_in(callbacks) & vars(learn).keys() - {"dls", "dl", "xb", "yb"}
+        vars(stand_in).update({name: copy.deepcopy(vars(learn)[name], memo) for name in named})
+        cbs = L(memo.get(id(cb), cb) for cb in learn.cbs)
+        vars(stand_in).update({cb.name: cb for cb in cbs}, cbs=cbs, **_at_the_first_batch(dls.train))
+        if "model" in named:
+            stand_in.model.train()
+        return copies
 
 
 def _at_the_first_batch(dl: Any) -> dict[str, Any]:
@@ -108,39 +120,13 @@ def _at_the_first_batch(dl: Any) -> dict[str, Any]:
     return {"dl": dl, "n_iter": len(dl) if hasattr(dl, "__len__") else None, **progress}
 
 
-def _tensors_of(opt: Any) -> list[Any]:
-    """The parameters and the state of an optimizer: too large to be copied, and not what these callbacks change."""
-    if opt is None:
-        return []
-    states = [getattr(o, "state", None) or {} for o in (opt, getattr(opt, "opt", None))]
-    return [*(p for group in opt.param_lists for p in group), *(list(state.values()) for state in states)]
-
-
-def _shallow_copy(obj: T, **others: Any) -> T:
-    """An object of the same class with the same attributes, but lists and dicts of its own, and some others.
-
-    Past `copy.copy`, which runs the class's own code.
-    """
+def _view(obj: T) -> T:
+    """An object of the same class with the same attributes. (`copy.copy` would run the class's own code.)"""
     if not hasattr(obj, "__dict__"):
         return copy.copy(obj)
     new = object.__new__(type(obj))
-    containers = (list, dict, set, L)
-    own = {name: copy.copy(value) if isinstance(value, containers) else value for name, value in vars(obj).items()}
-    vars(new).update(own | others)
+    vars(new).update(vars(obj))
     return new
-
-
-@contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """The model in training mode, for callbacks that call it (FGSM); then as before, its gradients, too."""
-    state, gradients = ModuleState(model), [(p, p.grad, _cloned(p.grad)) for p in model.parameters()]
-    try:
-        model.train()
-        yield
-    finally:
-        state.restore()
-        for p, grad, value in gradients:
-            p.grad = grad if grad is None else grad.copy_(value)
 
 
 def _cloned(value: Any) -> Any:

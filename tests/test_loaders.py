@@ -80,6 +80,36 @@ class ByEpoch(Halving):
         return iter(torch.randperm(self.n, generator=generator(self.epoch)).tolist())
 
 
+class OwnOrder(Halving):
+    "A sampler with a generator of its own."
+
+    def __init__(self, n, rng): super().__init__(n); self.rng = rng
+    def __iter__(self): return iter([*range(self.n // 2), *(self.n // 2 + i for i in self.permuted(self.n - self.n // 2))])
+
+    def permuted(self, n):
+        if isinstance(self.rng, random.Random): return self.rng.sample(range(n), n)
+        return (torch.randperm(n, generator=self.rng) if isinstance(self.rng, torch.Generator) else self.rng.permutation(n)).tolist()
+
+
+class OwnNoise(Table):
+    "Augments with a generator that belongs to it."
+
+    def __init__(self, n=80): super().__init__(n, lambda: torch.from_numpy(self.rng.normal(size=10).astype(np.float32))); self.rng = np.random.default_rng(5)
+
+
+class Split(Table):
+    "Says of what the inputs are: the loader needn't look at an item to find out."
+
+    n_inp = 1
+
+
+class OwnTransform(Transform):
+    "The same as a transform of fastai's."
+
+    def __init__(self): self.rng = np.random.default_rng(6)
+    def encodes(self, x: torch.Tensor): return x * float(self.rng.uniform(.5, 2)) if x.is_floating_point() else x
+
+
 class InPlace(TfmdDL):
     "A loader that shuffles an array of its own, again and again."
 
@@ -118,6 +148,11 @@ IMAGES = {'by the item': images(item_tfms=[Resize(10), RandomResizedCrop(8, min_
           'by the item, workers': images(item_tfms=RandomResizedCrop(8, min_scale=.5), num_workers=2, persistent_workers=True),
           'by the batch': images(batch_tfms=aug_transforms(size=8, max_warp=.1)), 'on the device, drawn by torch': images(batch_tfms=[Rotate(p=.5, draw=lambda x: torch.rand(len(x))), Dihedral()])}
 
+STREAMS = {'numpy': lambda: np.random.default_rng(7), "numpy's old one": lambda: np.random.RandomState(7), 'python': lambda: random.Random(7), 'torch': generator}
+OWN = {**{f'a sampler, {k}': (lambda make=v: DataLoaders(torch_dl(Table(), sampler=OwnOrder(80, make())), torch_dl(Table(32)))) for k, v in STREAMS.items()},
+       'a dataset, fastai': lambda: DataLoaders(shuffled(OwnNoise()), torch_dl(Table(32))), 'a dataset, torch': lambda: DataLoaders(torch_dl(OwnNoise(), shuffle=True), torch_dl(Table(32))),
+       'a transform of the loader': lambda: DataLoaders(TfmdDL(Split(), bs=16, num_workers=0, after_batch=[OwnTransform()]), torch_dl(Table(32)))}
+
 WORDS = ['xxunk', 'xxpad', 'xxbos', *(f'w{i}' for i in range(29))]
 
 
@@ -153,7 +188,7 @@ OTHERS = {'LMDataLoader': language(), 'LMDataLoader, uncached': language(cache=N
           'TabDataLoader': table(TabDataLoader), 'TabDataLoader, dropping the last': table(TabDataLoader, drop_last=True),
           'TabWeightedDL': table(partial(TabWeightedDL, wgts=np.arange(96) + 1.))}
 CASES = {**{f'torch: {k}': loaders(v) for k, v in TORCH.items()}, **{f'fastai: {k}': loaders(v) for k, v in FASTAI.items()},
-         **{f'images: {k}': v for k, v in IMAGES.items()}, **OTHERS}
+         **{f'images: {k}': v for k, v in IMAGES.items()}, **{f'own generator: {k}': v for k, v in OWN.items()}, **OTHERS}
 
 
 # --- what training sees -----------------------------------------------------------------------------------------------------
@@ -233,39 +268,21 @@ class Sized:
 class Once(Sized, tud.IterableDataset): pass
 
 
-class OwnNoise(Table):
-    "Augments with a generator that belongs to it."
+class Listed(Table):
+    "Its transforms are in a list."
 
-    def __init__(self, n): super().__init__(n, lambda: torch.from_numpy(self.rng.normal(size=10).astype(np.float32))); self.rng = np.random.default_rng(5)
+    def __init__(self): super().__init__(); self.tfms = [OwnTransform()]
 
-
-class Split(Table):
-    "Says of what the inputs are: the loader needn't look at an item to find out."
-
-    n_inp = 1
-
-
-class OwnTransform(Transform):
-    "The same as a transform of fastai's."
-
-    def __init__(self): self.rng = np.random.default_rng(6)
-    def encodes(self, x: torch.Tensor): return x * float(self.rng.uniform(.5, 2)) if x.is_floating_point() else x
-
-
-class OwnOrder(Halving):
-    "A sampler with a generator that nobody else can know of."
-
-    def __init__(self, n): super().__init__(n); self.rng = np.random.default_rng(7)
-    def __iter__(self): return iter(self.rng.permutation(self.n).tolist())
+    def __getitem__(self, i):
+        x, y = super().__getitem__(i)
+        for t in self.tfms: x = t(x)
+        return x, y
 
 
 EXCEPTIONS = {'a generator, fastai': lambda: DataLoaders(DataLoader(one_shot(80), bs=16, n=80), torch_dl(Table(32))),
               'an iterator, fastai': lambda: DataLoaders(DataLoader(Sized(80), bs=16), torch_dl(Table(32))),
               'an iterator, torch': lambda: DataLoaders(torch_dl(Once(80)), torch_dl(Table(32))),
-              'a dataset with a generator, fastai': lambda: DataLoaders(shuffled(OwnNoise(80)), torch_dl(Table(32))),
-              'a dataset with a generator, torch': lambda: DataLoaders(torch_dl(OwnNoise(80), shuffle=True), torch_dl(Table(32))),
-              'a transform with a generator': lambda: DataLoaders(TfmdDL(Split(), bs=16, num_workers=0, after_batch=OwnTransform()), torch_dl(Table(32))),
-              'a sampler with a generator': lambda: DataLoaders(torch_dl(Table(), sampler=OwnOrder(80)), torch_dl(Table(32)))}
+              'a transform with a generator, in a list of the dataset': lambda: DataLoaders(torch_dl(Listed(), shuffle=True), torch_dl(Table(32)))}
 
 
 @pytest.mark.parametrize('case', EXCEPTIONS)

@@ -6,6 +6,8 @@ import feeds
 import pytest
 import torch
 import torchvision.models as tv
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from audit import audit, differences, fingerprint, outputs_of, parameter_bits
 from fastai.torch_core import to_float
 from fastai.vision.all import Callback, CancelFitException
@@ -146,6 +148,29 @@ def test_a_callback_that_uses_autocast_for_something_else(cast, recwarn):
     learn.fit(1, cbs=[LSUVCallback(), Evaluates()])
     assert set(learn.model[-1].seen[:3]) == {torch.bfloat16 if cast else torch.float32}
     assert not [w for w in recwarn if 'LSUV' in str(w.message)]
+
+
+class Accelerated(Callback):
+    "Wraps the model as fastai's `DistributedTrainer` does, whose precision `accelerate launch` decides."
+
+    order = 11
+
+    def __init__(self): self.accelerator = Accelerator(cpu=True)
+    def before_fit(self): self.plain, self.learn.model = self.learn.model, self.accelerator.prepare(self.learn.model)
+    def after_fit(self): self.learn.model = self.accelerator.unwrap_model(self.learn.model, keep_fp32_wrapper=False)
+
+
+@pytest.mark.parametrize('precision', ['bf16', 'no'])
+def test_the_precision_of_accelerate(precision, monkeypatch):
+    monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', precision)
+    AcceleratorState._reset_state(True)
+    try:
+        net, before = nn.Sequential(*convnet(), Dtypes()), state()
+        learn = learner(loaders(), net, cbs=Accelerated())
+        learn.fit(1, cbs=LSUVCallback(verbose=False))
+        assert set(net[-1].seen) == {torch.bfloat16 if precision == 'bf16' else torch.float32}
+        assert state() == before
+    finally: AcceleratorState._reset_state(True)
 
 
 def test_the_inputs_may_be_rewritten_by_it_too():

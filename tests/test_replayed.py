@@ -10,6 +10,7 @@ import torch
 from audit import bits, parameter_bits, rng_print
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.callback.hook import HookCallback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import ParamScheduler, SchedCos
 from fastai.callback.training import GradientAccumulation, GradientClip
@@ -168,6 +169,47 @@ def test_batches_made_beforehand_are_not_rewritten_once_more():
         seen.append([s[1] for s in spy.seen])
         assert ran(learn) == lsuv
     assert seen[0] == seen[1]
+
+
+# --- what they do to the model, the loss and other objects of the Learner is done to copies --------------------------------------
+
+
+class Scales(Affine):
+    "The weights, too."
+
+    def before_batch(self):
+        super().before_batch()
+        for p in self.model.parameters(): p.data.mul_(1.01)
+
+
+class ScalesByOptimizer(Affine):
+    def before_batch(self):
+        super().before_batch()
+        for p in self.opt.all_params(): p[0].data.mul_(1.01)
+
+
+class Hooks(HookCallback):
+    def hook(self, m, i, o): return float(o.mean())
+    def before_batch(self): self.learn.xb = (self.x * 7 + 3,)
+
+
+class HalvesGradients(Affine):
+    def before_fit(self): self.handles = [p.register_hook(lambda g: g * .5) for p in self.model.parameters()]
+    def after_fit(self): [h.remove() for h in self.handles]
+
+
+class CountsOnTheLoss(Affine):
+    def before_fit(self): self.learn.loss_func.n_fits = getattr(self.loss_func, 'n_fits', 0) + 1
+
+
+@pytest.mark.parametrize('make', [Scales, ScalesByOptimizer, Hooks, HalvesGradients, CountsOnTheLoss])
+def test_what_a_rewriter_does_to_the_model_the_optimizer_and_the_loss_is_not_done_beforehand(make):
+    ends = []
+    for lsuv in (True, False):
+        learn = learner(loaders(), small_cnn(), cbs=make())
+        learn.fit(1, cbs=[LSUVCallback(verbose=False, **MEASURE)] if lsuv else [])
+        ends.append([parameter_bits(learn.model), [len(m._forward_hooks) for m in learn.model.modules()], getattr(learn.loss_func, 'n_fits', 0)])
+    assert ends[0] == ends[1]
 
 
 # --- loggers and schedulers are not asked -------------------------------------------------------------------------------------

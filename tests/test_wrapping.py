@@ -1,5 +1,6 @@
 """Others copy, wrap, save or compile the model: they find the weights that LSUV made, and LSUV what it would have found without them."""
 import copy
+import gc
 from functools import partial
 
 import pytest
@@ -139,6 +140,15 @@ def test_activation_stats_are_of_training_alone(options):
         seen.append([[{k: bits(v) if isinstance(v, torch.Tensor) else v for k, v in layer.items()} for layer in batch] for batch in stats.stats])
     assert seen[0] == seen[1]
     assert len(seen[0]) == (3 if options.get('every') else 6)
+
+
+@pytest.mark.parametrize('rewriter', [None, lambda self: setattr(self.learn, 'xb', (self.recorder and self.x * 2,))], ids=['alone', 'with a rewriter'])
+def test_hooks_of_others_outlive_what_lsuv_drops(rewriter):
+    "fastai's hook callbacks take their hooks away when they are deleted, a copy of one would, too."
+    learn = make(cbs=[Callback(before_batch=rewriter)] if rewriter else None)
+    learn.add_cbs([stats := ActivationStats(), Callback(before_train=lambda self: gc.collect())])
+    learn.fit(1, cbs=LSUVCallback(verbose=False))
+    assert all(layer is not None for batch in stats.stats for layer in batch)
 
 
 def test_activation_stats_of_a_first_fit_show_the_corrected_layers():
