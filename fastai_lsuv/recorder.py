@@ -88,7 +88,7 @@ class ActivationStatsRecorder(Reading, Callback):
         model = get_model(getattr(learn.model, "_orig_mod", learn.model))
         model = getattr(model, "_orig_mod", model)
         picked = layers_and_activations(model) if self.modules is None else chosen(model, self.modules)
-        names = {module: name for name, module in model.named_modules()}
+        names = {module: name.replace("_orig_mod.", "") for name, module in model.named_modules()}  # compiled parts
         layers = sorted(without(model, picked, self.exclude), key=list(names).index)
         if self.fname is not None and self._csv is None:
             self._csv = CSVLog(Path(learn.path) / self.fname, self._history.frame([]).columns.tolist())

@@ -21,7 +21,7 @@ class OneValue(nn.Module):
 def fed(model, *inputs, bs=None, batches=2, cbs=(), train=lambda learn: learn.fit(1), **options):
     "A fit of `model` on `batches` batches of `inputs`, with a recorder and a witness beside it."
     bs = bs or len(inputs[0])
-    data = [tuple([*inputs, torch.zeros(bs)])] * batches
+    data = [(*inputs, torch.zeros(bs))] * batches
     dls = DataLoaders(*(torch.utils.data.DataLoader(data, batch_size=None) for _ in range(2)))
     dls.n_inp = len(inputs)
     learn = learner(dls, model, loss_func=OneValue(), metrics=[], cbs=cbs, lr=1e-4)

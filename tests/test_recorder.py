@@ -70,7 +70,7 @@ OTHERS = {'lr_find': lambda learn: learn.lr_find(num_it=7, show_plot=False), 'va
 def test_nothing_else_is_recorded(make, other, valid):
     "Before the first fit, between two and after the last."
     learn = make()
-    rec, seen = fitted(learn, OTHERS[other], lambda learn: learn.fit(1), OTHERS[other], lambda learn: learn.fit(1), OTHERS[other], valid=valid)
+    rec, _seen = fitted(learn, OTHERS[other], lambda learn: learn.fit(1), OTHERS[other], lambda learn: learn.fit(1), OTHERS[other], valid=valid)
     frame = rec.to_frame()
     assert len(records(rec, 'train')) == 6 and [*frame[frame.phase == 'train'].step.unique()] == [*range(6)]
     assert len(records(rec, 'valid')) == (4 if valid else 0)

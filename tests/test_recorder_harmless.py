@@ -1,11 +1,9 @@
 """Training with the recorder is training without it, to the bit; and whatever ends it, nothing stays behind."""
 import copy
-import gc
 import os
 import pickle
 import subprocess
 import sys
-import weakref
 from functools import partial
 from pathlib import Path
 
@@ -13,15 +11,12 @@ import numpy as np
 import pytest
 import torch
 from audit import bits, parameter_bits
-from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
 from fastai.vision.all import Callback, CrossEntropyLossFlat, GradientAccumulation, MixUp
-from feeds import Columns, loaders
+from feeds import loaders
 from learners import Spy, digits, learner, seed, small_cnn
 from models import Stumble
 from recorded import Checkpointed
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from witness import Witness, assert_as_seen, close, hooks_on, records, skin
 
 import fastai_lsuv
@@ -50,7 +45,7 @@ def optimizer_bits(learn): return [{k: bits(v) if isinstance(v, torch.Tensor) el
 
 def everything(learn, train, **options):
     "All that training can be told by: weights, buffers, gradients, the optimizer, each batch, each state of the random streams, the losses."
-    spy, rec = Spy(), ActivationStatsRecorder(**options) if options or options == {} else None
+    spy, _rec = Spy(), ActivationStatsRecorder(**options) if options or options == {} else None
     learn.add_cb(spy)
     train(learn)
     return dict(weights=parameter_bits(learn.model), buffers=[bits(b) for b in learn.model.buffers()], grads=[bits(p.grad) for p in learn.model.parameters()], opt=optimizer_bits(learn),

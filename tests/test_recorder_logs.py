@@ -70,7 +70,7 @@ def test_every_epoch_is_on_disk_when_it_ends(tmp_path, valid):
 def test_a_crash_loses_an_epoch_at_most(tmp_path, error):
     "The finished ones were there before; and the next fit goes on in the same file, with numbers that go on."
     model = nn.Sequential(*small_cnn(), stumble := Stumble(error, 17))
-    learn = make(rec := ActivationStatsRecorder(fname=tmp_path/'log.csv'), model=model, tmp_path=tmp_path)
+    learn = make(_rec := ActivationStatsRecorder(fname=tmp_path/'log.csv'), model=model, tmp_path=tmp_path)
     with pytest.raises(type(error)): learn.fit(9)
     crashed = pd.read_csv(tmp_path/'log.csv')
     assert {0, 1} <= set(crashed.epoch) and len(crashed) >= 2*3*7
@@ -97,7 +97,7 @@ def test_an_existing_file_is_continued(tmp_path, how):
     assert {*logged[logged.fit == 1].step} == {*range(3, 9)}
 
 
-@pytest.mark.parametrize('text', ['a,b,c\n1,2,3\n', ','.join(COLUMNS + ['grad_mean', 'grad_std']) + '\n', 'hello'])
+@pytest.mark.parametrize('text', ['a,b,c\n1,2,3\n', ','.join([*COLUMNS, 'grad_mean', 'grad_std']) + '\n', 'hello'])
 def test_a_file_of_other_columns_is_left_alone(tmp_path, text):
     (tmp_path/'log.csv').write_text(text)
     learn = make(ActivationStatsRecorder(fname=tmp_path/'log.csv'), tmp_path=tmp_path)

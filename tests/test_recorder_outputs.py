@@ -1,25 +1,16 @@
 """The statistics are those of each layer's own output: whole and exact where it is small, within 2 % of the std where it is sampled."""
 from collections import OrderedDict
-from functools import partial
 
 import pytest
 import torch
 import torch._dynamo  # here, since its import sets warnings filters
-from fastai.callback.fp16 import MixedPrecision as OnTheGPU
-from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
 from fastai.torch_core import TensorBase
-from fastai.vision.all import Callback
-from feeds import Columns, loaders
-from recorded import Checkpointed, fed
 from models import Shared, images, mlp, rows
+from recorded import Checkpointed, fed
 from torch import nn
-from torch.amp import GradScaler
-from torch.utils.checkpoint import checkpoint
-from witness import Witness, assert_as_seen, assert_close, close, hooks_on, measured, records
+from witness import assert_as_seen, assert_close, close, measured, records
 from zoo import ZOO, xresnet18, zoo
 
-from fastai_lsuv import ActivationStatsRecorder
 from fastai_lsuv.stats import SAMPLE
 
 
@@ -106,7 +97,7 @@ def test_sampled_without_aliasing(shape, layout):
         xs = {k: x.contiguous(memory_format=torch.channels_last) for k, x in xs.items()}
     if layout == 'transposed': xs = {k: x.transpose(0, -1).contiguous().transpose(0, -1) for k, x in xs.items()}
     assert next(iter(xs.values())).numel() > SAMPLE, 'no sample, no test'
-    rec, seen = fed(Emits(xs), torch.zeros(4, 1), batches=1, modules='emit.*')
+    rec, _seen = fed(Emits(xs), torch.zeros(4, 1), batches=1, modules='emit.*')
     found, = records(rec)
     assert found.keys() == {f'emit.as {k}' for k in xs}
     assert {k: found[f'emit.as {k}'] for k, x in xs.items() if not close(found[f'emit.as {k}'], measured(x), .02)} == {}
@@ -133,7 +124,7 @@ def test_small_ones_exactly_whatever_their_layout():
     x = torch.randn(8, n//8, n) * 5 + 2
     xs = {'all': x, 'transposed': x.transpose(0, 2), 'sliced': x[:, ::2], 'expanded': x[:1].expand(4, -1, -1), 'one': torch.tensor([3.]), 'scalar': torch.tensor(3.), 'integers': torch.arange(12),
           'half': x.half(), 'bf16': x.bfloat16(), 'double': x.double(), 'constant': torch.full((100,), 7.), 'shifted': x + 1e4, 'tiny': x*1e-30, 'large': x*1e25, 'subclass': TensorBase(x)}
-    rec, seen = fed(Emits(xs), torch.zeros(4, 1), batches=1, modules='emit.*')
+    rec, _seen = fed(Emits(xs), torch.zeros(4, 1), batches=1, modules='emit.*')
     found, = records(rec)
     for k, x in xs.items():
         if k in ('integers',) and f'emit.as {k}' not in found: continue

@@ -2,7 +2,6 @@
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from fastai.callback.hook import ActivationStats
@@ -10,7 +9,6 @@ from fastcore.foundation import L
 from feeds import loaders
 from learners import learner, small_cnn
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from models import mlp, rows
 from recorded import fed

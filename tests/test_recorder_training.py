@@ -5,13 +5,13 @@ import torch._dynamo  # here, since its import sets warnings filters
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision as OnTheGPU
 from fastai.vision.all import SGD, GradientAccumulation
-from learners import learner, small_cnn
 from feeds import loaders
+from learners import learner, small_cnn
 from models import Shared, images, mlp, rows
 from recorded import Checkpointed, fed
 from torch import nn
 from torch.amp import GradScaler
-from witness import Witness, assert_as_seen, records
+from witness import assert_as_seen, records
 from zoo import xresnet18
 
 from fastai_lsuv import ActivationStatsRecorder
@@ -169,6 +169,6 @@ def test_compiled_models(how, backend, warm, tmp_path):
 def test_a_compiled_part():
     model = small_cnn()
     model[0] = torch.compile(model[0], backend='eager')
-    rec, seen = fed(model, images(8, 1, 8))
+    rec, _seen = fed(model, images(8, 1, 8))
     assert rec.layer_names == ['0.0', '0.1', '0.2', '0.3', '1.0', '1.1', '1.3']
     assert len(records(rec)) == 2 and {*records(rec)[0]} == {*rec.layer_names}

@@ -8,7 +8,6 @@ import torch
 from fastai.data.core import DataLoaders
 from fastai.vision.all import SGD, Adam, CrossEntropyLossFlat
 from learners import digits, learner
-from models import mlp
 from recorded import fed
 from torch import nn
 from zoo import xresnet18
@@ -54,7 +53,7 @@ def test_a_dead_layer(dls, at):
     "A bias so low that no unit is ever active."
     model = deep()
     nn.init.constant_(model[1 + 2*at].bias, -100)
-    summary, rec = trained(dls, model)
+    summary, _rec = trained(dls, model)
     row = summary.loc[str(2 + 2*at)]
     assert row.verdict == 'dying' and row.max_near_zero > .999 and row.type == 'ReLU'
     before = [n for n in of(summary, 'ReLU').index if int(n) < 2 + 2*at]
@@ -91,7 +90,7 @@ def test_growing_in_time(dls):
     class Grows(LSUVCallback.__mro__[1]):
         def after_batch(self):
             if self.training: self.learn.model[3].weight.data.mul_(2)
-    summary, rec = trained(dls, model, lr=1e-6, cbs=[Grows()])
+    summary, _rec = trained(dls, model, lr=1e-6, cbs=[Grows()])
     assert summary.loc['3'].last_std > 1e4 and summary.loc['3'].verdict == 'exploding'
     assert summary.loc['1'].verdict == 'healthy'
 

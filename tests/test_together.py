@@ -36,11 +36,11 @@ def test_the_first_batch_of_training_is_at_mean_0_and_std_1(case, given, tmp_pat
     "A different batch than LSUV saw; every corrected layer of at least 1,000 values within 0.15."
     dls, build = (f() if i == 0 else f for i, f in enumerate(CASES[case]))
     torch.manual_seed(2)
-    seen, model = {}, build()
+    model = build()
     learn = learner(dls, model, path=tmp_path, metrics=[])
     batch = None
     if given:
-        xs = [b for b in dls.train]
+        xs = list(dls.train)
         batch = xs[-1]
     learn.add_cbs([LSUVCallback(batch, verbose=False), rec := ActivationStatsRecorder(modules=nn.Module, exclude=None)])
     sizes = {}
