@@ -27,17 +27,19 @@ class Capture:
     A hook only copies a sample; what the samples show is computed for all layers together, on their device.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], with_grad: bool = False) -> None:
-        self.layers, self.with_grad = layers, with_grad
+    def __init__(self, n_layers: int, with_grad: bool = False) -> None:
+        self.n_layers, self.with_grad = n_layers, with_grad
+        self.complete = False  # whether the forward has come to its end
         self.outputs: Samples = []
         self.gradients: Samples = []
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Hooks on the layers for the length of a `with` block, in which a compiled model runs as a plain one."""
-        hooks = {layer: partial(self._see, i) for i, layer in enumerate(self.layers)}
+    def watching(self, layers: Sequence[nn.Module]) -> Iterator[None]:
+        """Hooks on the `n_layers` layers for the length of a `with` block, in which a compiled model runs as a plain one."""
+        hooks = {layer: partial(self._see, i) for i, layer in enumerate(layers)}
         with eagerly(), hooked(hooks):
             yield
+        self.complete = True
 
     def _see(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         y = first_tensor(output)
@@ -51,10 +53,10 @@ class Capture:
         """A row a layer: the columns of `columns(…)`, NaN for what was not there to see."""
         width = len(FEATURES) + HIST_BINS * with_hist
         found = _by_layer(self.outputs, partial(describe, near_zero=near_zero, with_hist=with_hist))
-        parts = [_table(found, len(self.layers), width)]
+        parts = [_table(found, self.n_layers, width)]
         if self.with_grad:
             gradients = _by_layer(self.gradients, partial(describe, near_zero=near_zero))
-            parts.append(_table(gradients, len(self.layers), len(FEATURES))[:, :2].to(parts[0].device) / loss_scale)
+            parts.append(_table(gradients, self.n_layers, len(FEATURES))[:, :2].to(parts[0].device) / loss_scale)
         return torch.cat(parts, 1)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ class NextCall:
     """
 
     def __init__(self, module: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> None:
-        self._module, forward = module, module.forward
+        self._module, forward = ref(module), module.forward
 
         @wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -56,10 +57,10 @@ class NextCall:
 
     def cancel(self) -> None:
         """Have the next forward run as ever."""
-        attributes = vars(self._module)
-        for name in self._instead:
-            attributes.pop(name, None)
-        attributes.update(self._before)
+        if (module := self._module()) is not None:
+            for name in self._instead:
+                vars(module).pop(name, None)
+            vars(module).update(self._before)
         self._instead, self._before = {}, {}
 
 

@@ -84,7 +84,9 @@ class Reading:
         layer: int | str,  # index in `layer_names`, or name
     ) -> Figure:
         """Mean, std and near-zero share of one layer over the training."""
-        return plot_layer(self.to_frame(), self.layer_names[self._history.place(layer)])
+        name, frame = self.layer_names[self._history.place(layer)], self.to_frame()
+        never_ran = self._records().assign(phase="train", layer=name).reindex(columns=frame.columns)
+        return plot_layer(frame if (frame["layer"] == name).any() else never_ran, name)
 
     def color_dim(
         self,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import LRFinder
 from fastai.distributed import rank_distrib
-from fastai.learner import SkipToEpoch
 from fastai.torch_core import get_model
 from torch import Tensor, nn
 
@@ -27,8 +29,9 @@ class ActivationStatsRecorder(Reading, Callback):
 
     Of each recorded batch and layer: mean and std of the output, and the share of it that is near zero. Nothing in
     training changes, to the bit. A hook copies a sample of the output (`fastai_lsuv.stats.SAMPLE` values, evenly
-    spread: mean and std are within 2 % of the std; all values of smaller outputs) and waits for nothing; what the
-    samples show leaves the device in bulk. A compiled model runs uncompiled in the batches that are recorded.
+    spread: mean and std are within 2 % of the std; all values of smaller outputs) and waits for nothing. Of it, shares
+    and histograms count 4,096 values at most. What the samples show leaves the device in bulk. A compiled model runs
+    uncompiled in the batches that are recorded.
 
     Raises:
         ValueError: `every` or `max_records` below 1, `near_zero` below 0; when a fit starts, names that match nothing
@@ -36,8 +39,9 @@ class ActivationStatsRecorder(Reading, Callback):
         TypeError: an option of a wrong type.
     """
 
-    # behind all of fastai's: what they make of a batch or raise in `before_batch` comes first, loggers have logged
-    order = SkipToEpoch.order + 1
+    # behind all others, fastai's last (`SkipToEpoch`) and users': what they make of a batch or raise in `before_batch`
+    # comes first, and loggers have logged
+    order = math.inf
 
     def __init__(
         self,
@@ -57,18 +61,19 @@ class ActivationStatsRecorder(Reading, Callback):
         self.with_grad, self.valid, self.near_zero, self.fname = with_grad, valid, near_zero, fname
         self.run_valid = valid
         self._history = History(max_records, columns(with_hist, with_grad))
-        self._fit, self._n_steps, self._first_step = -1, 0, 0
+        self._fit, self._steps, self._first_step = -1, 0, 0
         self._csv: CSVLog | None = None
         self._forget()
 
     def _forget(self) -> None:
         """Let go of the model and of all tensors."""
-        self._layers: list[nn.Module] = []  # none: this fit is not recorded
+        self._layers: list[ref[nn.Module]] = []  # none: this fit is not recorded
         self._places: list[int] = []  # of the layers in the history
         self._outbox: Outbox[tuple[int, int, int, str]] = Outbox()
         self._forget_batch()
 
     def _forget_batch(self) -> None:
+        self._where: tuple[int, int, int, str] | None = None  # the batch at hand, if it is one of a fit's own
         self._capture: Capture | None = None
         self._call: NextCall | None = None
         self._loss: Tensor | None = None  # as it was before it was scaled for mixed precision
@@ -78,28 +83,32 @@ class ActivationStatsRecorder(Reading, Callback):
 
     def before_fit(self) -> None:
         """Choose the layers, if this is a real fit (on the first rank)."""
-        self._flush()  # what an interrupted fit has left
+        self._end_batch()  # what an interrupted fit has left
+        self._flush()
         self._forget()
         learn = self.learn
         if not came_through_fit(learn) or learn._grab_cbs(LRFinder) or rank_distrib():
             return
-        model = get_model(getattr(learn.model, "_orig_mod", learn.model))
-        model = getattr(model, "_orig_mod", model)
+        model = _unwrapped(learn.model)
         picked = layers_and_activations(model) if self.modules is None else chosen(model, self.modules)
-        names = {module: name for name, module in model.named_modules()}
+        names = {module: name.replace("_orig_mod.", "") for name, module in model.named_modules()}  # compiled parts
         layers = sorted(without(model, picked, self.exclude), key=list(names).index)
         if self.fname is not None and self._csv is None:
             self._csv = CSVLog(Path(learn.path) / self.fname, self._history.frame([]).columns.tolist())
         self._places = self._history.add_layers([names[m] for m in layers], [type(m).__name__ for m in layers])
-        self._layers, self._fit, self._first_step = layers, self._fit + 1, self._n_steps
+        self._layers, self._fit, self._first_step = [ref(m) for m in layers], self._fit + 1, self._steps
 
     def before_batch(self) -> None:
         """Watch the coming forward."""
-        self._forget_batch()
-        count = self._n_steps if self.training else self.iter
-        if self._layers and count % self.every == 0 and phase_of_batch(self.learn) is not None:
-            self._capture = Capture(self._layers, self.with_grad)
-            self._call = NextCall(self.learn.model, self._capture.watching)
+        phase = phase_of_batch(self.learn) if self._layers else None
+        if phase is None:
+            return
+        self._end_batch()  # another callback may have cut the last one short, or the epoch with it
+        self._where = self._fit, self.epoch, self._steps, phase
+        if (self._steps if self.training else self.iter) % self.every == 0:
+            layers = [layer() for layer in self._layers]
+            self._capture = Capture(len(layers), self.with_grad)
+            self._call = NextCall(self.learn.model, partial(self._capture.watching, layers))
 
     def after_loss(self) -> None:
         """Note the loss before it is scaled for mixed precision."""
@@ -114,31 +123,36 @@ class ActivationStatsRecorder(Reading, Callback):
 
     def after_batch(self) -> None:
         """Compute what the samples show."""
-        if self._call is not None:
-            self._call.cancel()  # another callback may have cancelled the batch
-        if self._capture is not None and self._capture.outputs:
-            self._keep(self._capture)
-        self._forget_batch()
-        if self._layers and self.training:
-            self._n_steps += 1
+        if self._where is not None and phase_of_batch(self.learn) is not None:
+            self._end_batch()
 
     def after_epoch(self) -> None:
         """Bring everything to where it is kept."""
+        self._end_batch()
         self._flush()
 
     def after_cancel_fit(self) -> None:
         """The same, before loggers close at the end of the fit."""
+        self._end_batch()
         self._flush()
 
     def after_fit(self) -> None:
         """The same, and let go of the model."""
         if self._layers and came_through_fit(self.learn):
+            self._end_batch()
             self._flush()
             self._forget()
 
-    def _keep(self, capture: Capture) -> None:
-        where = (self._fit, self.epoch, self._n_steps, "train" if self.training else "valid")
-        self._outbox.add(where, capture.statistics(self.near_zero, self.with_hist, self._scale))
+    def _end_batch(self) -> None:
+        """Keep the batch at hand, if there is one and the model got through it, and count it."""
+        if self._where is None:
+            return
+        if self._call is not None:
+            self._call.cancel()  # another callback may have cancelled the batch before its forward
+        if self._capture is not None and self._capture.complete:
+            self._outbox.add(self._where, self._capture.statistics(self.near_zero, self.with_hist, self._scale))
+        self._steps += self._where[-1] == "train"
+        self._forget_batch()
         if self._outbox.full or logs_to_wandb(self.learn):
             self._flush()
 
@@ -163,7 +177,14 @@ class ActivationStatsRecorder(Reading, Callback):
         """With the history, without the model and what is on its device."""
         self._flush()
         forgotten = {"_layers": [], "_places": [], "_outbox": Outbox(), "_capture": None, "_call": None, "_loss": None}
+        forgotten["_where"] = None
         return super().__getstate__() | forgotten | {"_scale": 1.0}
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what compiles it or spreads it over devices, in whatever order."""
+    inner = get_model(getattr(model, "_orig_mod", model))
+    return model if inner is model else _unwrapped(inner)
 
 
 def _plain(loss: Tensor) -> Tensor:
