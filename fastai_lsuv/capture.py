@@ -35,7 +35,7 @@ class Capture:
 
     @contextmanager
     def watching(self, layers: Sequence[nn.Module]) -> Iterator[None]:
-        """Hooks on the `n_layers` layers for the length of a `with` block, in which a compiled model runs as a plain one."""
+        """Hooks on the layers for the length of a `with` block, in which a compiled model runs as a plain one."""
         hooks = {layer: partial(self._see, i) for i, layer in enumerate(layers)}
         with eagerly(), hooked(hooks):
             yield

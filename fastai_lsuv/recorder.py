@@ -106,7 +106,7 @@ class ActivationStatsRecorder(Reading, Callback):
         self._end_batch()  # another callback may have cut the last one short, or the epoch with it
         self._where = self._fit, self.epoch, self._steps, phase
         if (self._steps if self.training else self.iter) % self.every == 0:
-            layers = [layer() for layer in self._layers]
+            layers = [module for layer in self._layers if (module := layer()) is not None]  # all: they are the model's
             self._capture = Capture(len(layers), self.with_grad)
             self._call = NextCall(self.learn.model, partial(self._capture.watching, layers))
 
