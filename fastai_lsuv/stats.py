@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 # `std_mean` costs twenty times as much on the CPU as a sum and a norm over short rows, which the
-# vector units do at memory speed. Rows also bound the rounding error: each is summed in the tensor's own
-# precision, and the (many, small) row results are added in float64.
+# vector units do at memory speed. Rows also bound the rounding error: the squares of each are added in the tensor's
+# own precision, and the (many, small) row results in float64.
 _ROW = 1024
 
 # Up to this many values float64 throughout is the fastest: the number of calls decides, not the memory.
@@ -32,12 +33,12 @@ class Moments:
     mean: Tensor  # their mean
     m2: Tensor  # sum of their squared deviations from the mean
 
-    @property
+    @cached_property
     def var(self) -> Tensor:
         """Unbiased variance (NaN for fewer than two values), as in `Tensor.var`."""
         return self.m2 / (self.n - 1) if self.n > 1 else torch.full_like(self.m2, float("nan"))
 
-    @property
+    @cached_property
     def std(self) -> Tensor:
         """Unbiased standard deviation (NaN for fewer than two values), as in `Tensor.std`."""
         return self.var.sqrt()
@@ -60,29 +61,57 @@ def moments(x: Tensor, channel_dim: int | None = None) -> Moments:
     x = x.detach().as_subclass(Tensor)
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
-    return _pooled_moments(_flat(x)) if channel_dim is None else _channel_moments(x, channel_dim)
+    if channel_dim is not None:
+        return _channel_moments(x, channel_dim)
+    x = _flat(x)
+    return _pooled_on_cpu(x) if x.device.type == "cpu" else _pooled(x)
 
 
 def _flat(x: Tensor) -> Tensor:
     """All values in memory order, so that channels-last and transposed tensors are viewed, not copied."""
-    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).reshape(-1)
+    if not x.is_contiguous():
+        x = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
+    return x.reshape(-1)
 
 
-def _pooled_moments(x: Tensor) -> Moments:
+def _pooled_on_cpu(x: Tensor) -> Moments:
+    """One pass, nearly always: here a look at the sums is free, and tells whether they are good enough."""
     n = x.numel()
-    if n <= _SMALL and x.device.type == "cpu" and x.dtype != torch.float64:
+    if n <= _SMALL:
         x = x.double()
-    mean = _sum(x) / max(n, 1)
-    if x.dtype != torch.float64 and x.device.type == "cpu":  # a look at the value is free; one pass nearly always does
-        m2 = _sum_of_squares(x) - n * mean**2
-        low, high = (n * bound for bound in _SAFE_SQUARES)
-        if not low < m2 + n * mean**2 < high:
-            return _pooled_moments(x.double())
-        if n * mean**2 <= _MAX_RATIO * m2:
-            return Moments(n, mean, m2)
+    total, squares = _sums(x)
+    low, high = _SAFE_SQUARES
+    if x.dtype == torch.float32 and not n * low < squares < n * high:
+        x = x.double()
+        total, squares = _sums(x)
+    mean = total / max(n, 1)
+    m2 = squares - n * mean * mean
+    if not n * mean * mean <= _MAX_RATIO * m2:
+        centre = torch.tensor(mean, dtype=x.dtype)
+        total, squares = _sums(x - centre)
+        rest = total / max(n, 1)  # what the rounding of the mean left over
+        mean, m2 = float(centre) + rest, max(squares - n * rest * rest, 0.0)
+    return Moments(n, torch.tensor(mean, dtype=torch.float64), torch.tensor(m2, dtype=torch.float64))
+
+
+def _sums(x: Tensor) -> tuple[float, float]:
+    """Sum of the values (PyTorch's is a cascade) and of their squares."""
+    if x.dtype != torch.float32:
+        return float(x.sum()), float(x.dot(x))
+    whole = x.numel() - x.numel() % _ROW
+    norms = torch.linalg.vector_norm(x[:whole].view(-1, _ROW), dim=1).double()
+    tail = x[whole:].double()
+    return float(x.sum()), float(norms.dot(norms)) + float(tail.dot(tail))
+
+
+def _pooled(x: Tensor) -> Moments:
+    """Two passes, without waiting for the device: the mean, and the values less the mean."""
+    n, accumulator = x.numel(), _accumulator(x)
+    mean = x.sum(dtype=accumulator) / max(n, 1)
     centred = x - mean.to(x.dtype)
-    rest = _sum(centred) / max(n, 1)  # what the rounding of the mean left over
-    return Moments(n, mean.to(x.dtype).to(mean.dtype) + rest, (_sum_of_squares(centred) - n * rest**2).clamp(min=0))
+    rest = centred.sum(dtype=accumulator) / max(n, 1)  # what the rounding of the mean left over
+    squares = torch.linalg.vector_norm(centred, dtype=accumulator).square()
+    return Moments(n, mean.to(x.dtype).to(mean.dtype) + rest, (squares - n * rest**2).clamp(min=0))
 
 
 def _channel_moments(x: Tensor, channel_dim: int) -> Moments:
@@ -96,22 +125,3 @@ def _channel_moments(x: Tensor, channel_dim: int) -> Moments:
 def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
 
-
-def _sum(x: Tensor) -> Tensor:
-    if x.device.type != "cpu" or x.dtype == torch.float64:
-        return x.sum(dtype=_accumulator(x))
-    rows, tail = _rows(x)
-    return rows.sum(1).sum(dtype=torch.float64) + tail.sum(dtype=torch.float64)
-
-
-def _sum_of_squares(x: Tensor) -> Tensor:
-    if x.device.type != "cpu" or x.dtype == torch.float64:
-        return torch.linalg.vector_norm(x, dtype=_accumulator(x)).square()
-    rows, tail = _rows(x)
-    norms = torch.linalg.vector_norm(rows, dim=1).double().square().sum()
-    return norms + torch.linalg.vector_norm(tail, dtype=torch.float64).square()
-
-
-def _rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    whole = x.numel() - x.numel() % _ROW
-    return x[:whole].view(-1, _ROW), x[whole:]
