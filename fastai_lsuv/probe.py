@@ -54,6 +54,8 @@ def known_carriers(module: nn.Module) -> Carriers:
 
 def first_tensor(output: Any) -> Tensor | None:
     """The first floating-point tensor of an output, however nested."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
     return next((o for o in tree_leaves(output) if isinstance(o, Tensor) and o.is_floating_point()), None)
 
 

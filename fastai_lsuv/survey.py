@@ -81,7 +81,7 @@ class _Watch:
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook: count, examine, measure."""
-        if self.rehearsal.replaying or not any(isinstance(o, Tensor) for o in tree_leaves((args, kwargs))):
+        if self.rehearsal.replaying or not _has_tensor(args, kwargs):
             return  # without an input it makes a weight for its parent: a parametrization
         self.calls[module] += 1
         self.order.append(module)
@@ -216,6 +216,10 @@ class _Watch:
             unit.skip("weight has no effect on scale")
         else:
             unit.skip("no affine layer")
+
+
+def _has_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return any(isinstance(o, Tensor) for o in args) or any(isinstance(o, Tensor) for o in tree_leaves((args, kwargs)))
 
 
 def _signature(module: nn.Module, call: Any) -> tuple[Any, ...] | None:
