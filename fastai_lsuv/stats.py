@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -58,13 +59,31 @@ def moments(x: Tensor, channel_dim: int | None = None) -> Moments:
     Nothing is copied to the host on an accelerator. Accurate in every floating dtype, also where squares would
     overflow or underflow (fp16, exploded or dying signals) and where |mean| dwarfs the std.
     """
-    x = x.detach().as_subclass(Tensor)
+    x = x.detach()
+    if type(x) is not Tensor:
+        x = x.as_subclass(Tensor)
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
     if channel_dim is not None:
         return _channel_moments(x, channel_dim)
     x = _flat(x)
-    return _pooled_on_cpu(x) if x.device.type == "cpu" else _pooled(x)
+    return _pooled_at_hand(x) if at_hand(x) else _pooled(x)
+
+
+def at_hand(x: Tensor) -> bool:
+    """Whether a value of it can be read at no cost. To read one from an accelerator is to wait for all it has to do."""
+    return x.device.type == "cpu"
+
+
+def fetched(seen: Sequence[Moments]) -> list[Moments]:
+    """The same on the CPU: one copy from each device for all of them."""
+    home: dict[int, Moments] = {}
+    for device in {m.mean.device for m in seen}:
+        there = [(i, m) for i, m in enumerate(seen) if m.mean.device == device]
+        numbers = torch.cat([torch.stack([m.mean, m.m2]).flatten() for _, m in there]).cpu()
+        for (i, m), part in zip(there, numbers.split([2 * m.mean.numel() for _, m in there]), strict=True):
+            home[i] = Moments(m.n, *part.view(2, *m.mean.shape).unbind())
+    return [home[i] for i in range(len(seen))]
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -74,8 +93,8 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1)
 
 
-def _pooled_on_cpu(x: Tensor) -> Moments:
-    """One pass, nearly always: here a look at the sums is free, and tells whether they are good enough."""
+def _pooled_at_hand(x: Tensor) -> Moments:
+    """One pass, nearly always: a look at the sums tells whether they are good enough."""
     n = x.numel()
     if n <= _SMALL:
         x = x.double()

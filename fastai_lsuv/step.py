@@ -10,7 +10,7 @@ from torch import Tensor
 from fastai_lsuv.modules import is_known_affine
 from fastai_lsuv.options import Options
 from fastai_lsuv.ranks import Ranks
-from fastai_lsuv.stats import Moments
+from fastai_lsuv.stats import Moments, at_hand
 from fastai_lsuv.units import Unit
 
 _LARGE = 1e30  # no scale of a finite signal leads beyond
@@ -58,7 +58,7 @@ def is_constant(unit: Unit, y: Tensor, seen: Moments, ranks: Ranks) -> Tensor:
         return flat
     shift = bias.detach().double() if y.device.type != "mps" else bias.detach().float()
     only_bias = _near(seen.m2 / seen.n, (shift * unit.carriers.gain).var(unbiased=False), max(1e-6, 4 * eps))
-    if y.device.type == "cpu" and not bool(only_bias):
+    if at_hand(y) and not bool(only_bias):
         return flat  # the usual case, without the look at every value
     y = y.detach().as_subclass(Tensor)
     return flat | (only_bias & ranks.every(unit.name, (y == y[:1]).all()))
@@ -76,7 +76,7 @@ def scaled(unit: Unit, y: Tensor, step: Step) -> Tensor:
     wide = torch.promote_types(y.dtype, torch.float32)
     scale, shift = step.scale.to(wide).reshape(shape), step.shift.to(wide).reshape(shape)
     if y.dtype == wide and is_known_affine(unit.module):
-        if y.device.type == "cpu" and not step.scale.dim():  # numbers are at hand: one way through memory, not two
+        if at_hand(y) and not step.scale.dim():  # one way through memory, not two
             return torch.add(shift, y, alpha=float(scale), out=y)
         return y.mul_(scale).add_(shift)
     return (y.to(wide) * scale + shift).to(y.dtype)

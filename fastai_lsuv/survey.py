@@ -27,7 +27,7 @@ from fastai_lsuv.modules import (
 )
 from fastai_lsuv.probe import Carriers, find_carriers, first_tensor, known_carriers, small_noise
 from fastai_lsuv.rehearsal import Rehearsal
-from fastai_lsuv.stats import Moments, moments
+from fastai_lsuv.stats import Moments, fetched, moments
 from fastai_lsuv.units import Unit, exposed_shift, mark_frozen, mark_tied
 
 
@@ -40,6 +40,7 @@ def survey(rehearsal: Rehearsal, modules: Choice, exclude: Choice, per_channel: 
     with hooked({m: watch.see for m in open_modules(rehearsal.model) if m in watch.wanted or any_parameters(m)}):
         rehearsal.forward()
     watch.last_output = None
+    watch.moments = dict(zip(watch.moments, fetched([*watch.moments.values()]), strict=True))
     units = list(watch.units())
     mark_frozen(units)
     mark_tied(rehearsal.model, units)

@@ -27,10 +27,10 @@ def mlp(depth=100, width=512):
 MODELS = {  # name: (builder, shape of the batch, shape of a small one, on which the others' passes are counted)
     'ResNet-50': (tv.resnet50, (16, 3, 128, 128), (2, 3, 64, 64)),
     'VGG-16-BN': (tv.vgg16_bn, (16, 3, 128, 128), (2, 3, 64, 64)),
-    'ViT-B/16': (partial(tv.vit_b_16, image_size=128), (16, 3, 128, 128), (2, 3, 128, 128)),
+    'ViT-B/16': (partial(tv.vit_b_16, image_size=128), (16, 3, 128, 128), (1, 3, 128, 128)),
     'ConvNeXt-T': (tv.convnext_tiny, (16, 3, 128, 128), (2, 3, 64, 64)),
     'MobileNetV2': (tv.mobilenet_v2, (16, 3, 128, 128), (2, 3, 64, 64)),
-    'MLP, 100 layers': (mlp, (256, 512), (32, 512)),
+    'MLP, 100 layers': (mlp, (512, 512), (8, 512)),
 }
 
 
