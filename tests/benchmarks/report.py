@@ -93,7 +93,7 @@ def into_readme(text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--dry', action='store_true', help='print, and write nothing')
-    parser.add_argument('--seconds', type=float, default=20, help='for the rounds of each model (three at least)')
+    parser.add_argument('--seconds', type=float, default=15, help='for the rounds of each model (three at least)')
     parser.add_argument('--only', nargs='+', choices=MODELS, default=list(MODELS), help='these models; prints')
     args = parser.parse_args()
     torch.set_num_threads(1)
