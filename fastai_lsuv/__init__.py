@@ -2,7 +2,7 @@
 
 The rooms, each built on those above it only:
 
-    stats        moments of a tensor; what a sample of it shows
+    stats        moments of a tensor
     modules      which modules a user means
     options      what can be asked for
     probe        which parameters carry a module's scale and shift
@@ -24,6 +24,7 @@ The rooms, each built on those above it only:
     evidence     signs that a network has been trained
     batch        one batch from a Learner, without a trace
     callback     when it runs in fastai: `LSUVCallback`, `learn.lsuv_init`
+    sampling     what a sample of a tensor shows
     capture      samples of what layers put out in one pass
     history      a bounded store of records: frame, summary, verdicts
     reading      how a history is read

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastai_lsuv.hooks import eagerly, hooked
 from fastai_lsuv.probe import first_tensor
-from fastai_lsuv.stats import FEATURES, HIST_BINS, describe, sample
+from fastai_lsuv.sampling import FEATURES, HIST_BINS, describe, sample
 
 T = TypeVar("T")
 Samples = list[tuple[int, int, Tensor]]  # of one call each: the layer's index, number of values, a sample of them

@@ -22,7 +22,7 @@ from fastai_lsuv.probe import first_tensor
 from fastai_lsuv.ranks import Ranks
 from fastai_lsuv.rehearsal import Rehearsal
 from fastai_lsuv.report import LSUVReport, Row
-from fastai_lsuv.stats import Moments, moments
+from fastai_lsuv.stats import Moments, fetched, moments
 from fastai_lsuv.step import EXACT
 from fastai_lsuv.survey import survey
 from fastai_lsuv.units import Unit
@@ -136,6 +136,9 @@ def _observe(rehearsal: Rehearsal, units: list[Unit], options: Options) -> None:
 
     with hooked(dict.fromkeys((unit.module for unit in units if unit.before), see)):
         rehearsal.forward()
+    measured = [unit for unit in units if unit.after]
+    for unit, home in zip(measured, fetched([unit.after for unit in measured if unit.after]), strict=True):
+        unit.after = home
 
 
 def _row(unit: Unit, options: Options) -> Row:
@@ -175,5 +178,4 @@ def _numbers(seen: Moments | None, options: Options) -> tuple[float, float]:
 
 
 def _farthest(values: Tensor, wanted: float) -> float:
-    values = values.reshape(-1)
-    return float(values[(values - wanted).abs().argmax()])
+    return float(values if not values.dim() else values[(values - wanted).abs().argmax()])

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastai_lsuv.activation_curves import plot_layer, plot_stats
 from fastai_lsuv.activation_maps import plot_dead, plot_hist, plot_hists
 from fastai_lsuv.history import Floats, History
-from fastai_lsuv.stats import HIST_RANGE
+from fastai_lsuv.sampling import HIST_RANGE
 
 
 class Reading:

@@ -28,7 +28,7 @@ class ActivationStatsRecorder(Reading, Callback):
     """Record statistics of the layers' outputs during training, of one history over several fits.
 
     Of each recorded batch and layer: mean and std of the output, and the share of it that is near zero. Nothing in
-    training changes, to the bit. A hook copies a sample of the output (`fastai_lsuv.stats.SAMPLE` values, evenly
+    training changes, to the bit. A hook copies a sample of the output (`fastai_lsuv.sampling.SAMPLE` values, evenly
     spread: mean and std are within 2 % of the std; all values of smaller outputs) and waits for nothing. Of it, shares
     and histograms count 4,096 values at most. What the samples show leaves the device in bulk. A compiled model runs
     uncompiled in the batches that are recorded.
@@ -48,7 +48,7 @@ class ActivationStatsRecorder(Reading, Callback):
         modules: Choice = None,  # any modules, as for `lsuv_`; `None`: leaves with parameters, and activations
         exclude: Choice = None,  # the same forms: these, and everything beneath them, are left out
         every: int = 1,  # each n-th training batch (and validation batch) is recorded
-        with_hist: bool = False,  # histograms, too: `stats.HIST_BINS` bins over `stats.HIST_RANGE`
+        with_hist: bool = False,  # histograms, too: `sampling.HIST_BINS` bins over `HIST_RANGE`
         with_grad: bool = False,  # mean and std of the gradient of each output, loss scaling taken out
         valid: bool = False,  # validation batches, too
         near_zero: float = 0.05,  # |x| up to this counts as near zero

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastai_lsuv.modules import is_known_affine
 from fastai_lsuv.options import Options
 from fastai_lsuv.ranks import Ranks
-from fastai_lsuv.stats import Moments
+from fastai_lsuv.stats import Moments, at_hand
 from fastai_lsuv.units import Unit
 
 _LARGE = 1e30  # no scale of a finite signal leads beyond
@@ -31,27 +31,23 @@ def one_step(unit: Unit, y: Tensor, seen: Moments, options: Options, ranks: Rank
     `seen` are the moments of y, on all ranks together. Decided on the device, without waiting for it: where nothing
     is to be done, the step is 1 and 0.
     """
+    mean, std = seen.mean, seen.std
     shifts = unit.can_shift and options.mean is not None
-    mean, std = options.mean or 0.0, options.std
-    finite = seen.mean.isfinite() & seen.std.isfinite()
-    constant = finite & is_constant(unit, y, seen, ranks)
-    near = ((seen.std - std).abs() <= EXACT / 2) if std is not None else torch.ones_like(finite)
+    wanted_mean, wanted_std = options.mean or 0.0, options.std
+    scale = torch.ones_like(std) if wanted_std is None else wanted_std / std
+    shift = wanted_mean - scale * mean if shifts else torch.zeros_like(mean)
+    finite = (mean + std).isfinite()
+    near = finite if wanted_std is None else (std - wanted_std).abs() <= EXACT / 2
     if shifts:
-        near = near & ((seen.mean - mean).abs() <= EXACT / 2)
-    scale = std / seen.std if std is not None else torch.ones_like(seen.std)
-    change = finite & ~constant & ~near & _can_hold(unit.parameters[0], scale)
-    shift = mean - scale * seen.mean if shifts else torch.zeros_like(seen.mean)
-    ratio = torch.where(constant | ~finite, 0.0, seen.mean.abs() / seen.std).max()
-    flags = torch.stack([change.any().to(ratio), constant.any().to(ratio), (~finite.all()).to(ratio), ratio])
+        near = near & ((mean - wanted_mean).abs() <= EXACT / 2)
+    constant = is_constant(unit, y, seen, ranks) & finite
+    usable = finite & ~constant
+    change = usable & ~near
+    if (largest := torch.finfo(unit.parameters[0].dtype).max) < _LARGE:  # of fp16: 65504
+        change = change & (unit.parameters[0].detach().abs().amax().to(scale) * scale <= largest)
+    flags = torch.stack([change, constant, ~finite, torch.where(usable, mean.abs() / std, 0.0)])
+    flags = flags.reshape(4, -1).amax(1)  # of any channel
     return Step(torch.where(change, scale, 1.0), torch.where(change, shift, 0.0), flags)
-
-
-def _can_hold(weight: Tensor, scale: Tensor) -> Tensor:
-    """Whether the weight times `scale` is in the range of its dtype, which in fp16 ends at 65504."""
-    largest = torch.finfo(weight.dtype).max
-    if largest > _LARGE:
-        return torch.ones_like(scale, dtype=torch.bool)
-    return weight.detach().abs().amax().to(scale) * scale <= largest
 
 
 def is_constant(unit: Unit, y: Tensor, seen: Moments, ranks: Ranks) -> Tensor:
@@ -62,7 +58,7 @@ def is_constant(unit: Unit, y: Tensor, seen: Moments, ranks: Ranks) -> Tensor:
         return flat
     shift = bias.detach().double() if y.device.type != "mps" else bias.detach().float()
     only_bias = _near(seen.m2 / seen.n, (shift * unit.carriers.gain).var(unbiased=False), max(1e-6, 4 * eps))
-    if y.device.type == "cpu" and not bool(only_bias):
+    if at_hand(y) and not bool(only_bias):
         return flat  # the usual case, without the look at every value
     y = y.detach().as_subclass(Tensor)
     return flat | (only_bias & ranks.every(unit.name, (y == y[:1]).all()))
@@ -80,6 +76,7 @@ def scaled(unit: Unit, y: Tensor, step: Step) -> Tensor:
     wide = torch.promote_types(y.dtype, torch.float32)
     scale, shift = step.scale.to(wide).reshape(shape), step.shift.to(wide).reshape(shape)
     if y.dtype == wide and is_known_affine(unit.module):
-        y.mul_(scale).add_(shift)
-        return y
+        if at_hand(y) and not step.scale.dim():  # one way through memory, not two
+            return torch.add(shift, y, alpha=float(scale), out=y)
+        return y.mul_(scale).add_(shift)
     return (y.to(wide) * scale + shift).to(y.dtype)

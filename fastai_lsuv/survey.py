@@ -27,7 +27,7 @@ from fastai_lsuv.modules import (
 )
 from fastai_lsuv.probe import Carriers, find_carriers, first_tensor, known_carriers, small_noise
 from fastai_lsuv.rehearsal import Rehearsal
-from fastai_lsuv.stats import Moments, moments
+from fastai_lsuv.stats import Moments, fetched, moments
 from fastai_lsuv.units import Unit, exposed_shift, mark_frozen, mark_tied
 
 
@@ -40,6 +40,7 @@ def survey(rehearsal: Rehearsal, modules: Choice, exclude: Choice, per_channel: 
     with hooked({m: watch.see for m in open_modules(rehearsal.model) if m in watch.wanted or any_parameters(m)}):
         rehearsal.forward()
     watch.last_output = None
+    watch.moments = dict(zip(watch.moments, fetched([*watch.moments.values()]), strict=True))
     units = list(watch.units())
     mark_frozen(units)
     mark_tied(rehearsal.model, units)
@@ -81,7 +82,7 @@ class _Watch:
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook: count, examine, measure."""
-        if self.rehearsal.replaying or not any(isinstance(o, Tensor) for o in tree_leaves((args, kwargs))):
+        if self.rehearsal.replaying or not _has_tensor(args, kwargs):
             return  # without an input it makes a weight for its parent: a parametrization
         self.calls[module] += 1
         self.order.append(module)
@@ -216,6 +217,10 @@ class _Watch:
             unit.skip("weight has no effect on scale")
         else:
             unit.skip("no affine layer")
+
+
+def _has_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return any(isinstance(o, Tensor) for o in args) or any(isinstance(o, Tensor) for o in tree_leaves((args, kwargs)))
 
 
 def _signature(module: nn.Module, call: Any) -> tuple[Any, ...] | None:

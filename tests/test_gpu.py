@@ -1,11 +1,13 @@
-"""What only a GPU shows: its autocast, half-precision models, its memory formats, random streams and nccl."""
+"""What only a GPU shows: its autocast, half-precision models, its memory formats, random streams, waits and nccl."""
 import os
+import warnings
 
 import pytest
 import torch
 from audit import audit, moved, parameter_bits
 from fastai.vision.all import MixedPrecision  # noqa: F401  (with it `to_fp16` and its like)
 from learners import Spy, digits, learner, ran, small_cnn
+from models import mlp, rows
 from torch import nn
 
 from fastai_lsuv import LSUVCallback, lsuv_
@@ -60,6 +62,28 @@ def test_the_cpu_and_the_gpu_agree():
     models, x = [small_cnn(), small_cnn().cuda()], torch.randn(64, 1, 8, 8)
     for model, inputs in zip(models, (x, x.cuda())): lsuv_(model, inputs)
     for a, b in zip(*(m.parameters() for m in models)): torch.testing.assert_close(a, b.cpu(), rtol=1e-3, atol=1e-4)
+
+
+def waits(model, x, **options):
+    "How often LSUV waits for the device."
+    model, x = model.cuda(), x.cuda()
+    torch.cuda.synchronize()
+    mode = torch.cuda.get_sync_debug_mode()
+    try:
+        torch.cuda.set_sync_debug_mode('warn')
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            report = lsuv_(model, x, **options)
+    finally: torch.cuda.set_sync_debug_mode(mode)
+    assert all(row.status == 'corrected' for row in report)
+    return sum('synchroniz' in str(w.message) for w in caught)
+
+
+@pytest.mark.parametrize('options', [{}, dict(per_channel=True)], ids=['pooled', 'per channel'])
+def test_the_number_of_waits_does_not_grow_with_depth(options):
+    nets = [mlp(32, *[64]*depth, 10) for depth in (4, 40)]
+    few, many = (waits(net, rows(256, 32), **options) for net in nets)
+    assert 0 < few == many
 
 
 def test_lsuv_init_before_any_fit_moves_the_model(dls, tmp_path):

@@ -11,7 +11,7 @@ from torch import nn
 from witness import assert_as_seen, assert_close, close, measured, records
 from zoo import ZOO, xresnet18, zoo
 
-from fastai_lsuv.stats import SAMPLE
+from fastai_lsuv.sampling import SAMPLE
 
 
 @pytest.mark.parametrize('name', [n for n in ZOO if n not in ('two inputs', 'by keyword', 'siamese', 'course')])

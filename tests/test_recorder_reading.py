@@ -16,7 +16,7 @@ from torch import nn
 from witness import records
 
 from fastai_lsuv import ActivationStatsRecorder
-from fastai_lsuv.stats import HIST_BINS, HIST_RANGE
+from fastai_lsuv.sampling import HIST_BINS, HIST_RANGE
 
 ALL = dict(with_hist=True, with_grad=True, valid=True)
 

@@ -11,8 +11,8 @@ import fastai_lsuv
 PACKAGE = Path(fastai_lsuv.__file__).parent
 ORDER = ['errors', 'stats', 'ranks', 'modules', 'options', 'probe', 'hooks', 'rehearsal', 'units', 'survey', 'solver', 'step', 'block', 'correction',
          'figure', 'plots', 'activation_curves', 'activation_maps', 'report', 'lsuv', 'loop', 'evidence', 'effects', 'replay', 'batch', 'callback',
-         'capture', 'history', 'reading', 'logs', 'recorder', 'demo']
-NO_FASTAI = [*ORDER[:ORDER.index('correction') + 1], 'lsuv', 'capture', 'history']
+         'sampling', 'capture', 'history', 'reading', 'logs', 'recorder', 'demo']
+NO_FASTAI = [*ORDER[:ORDER.index('correction') + 1], 'lsuv', 'sampling', 'capture', 'history']
 ROOMS = sorted(p.stem for p in PACKAGE.glob('*.py') if not p.stem.startswith('__'))
 
 
