@@ -101,9 +101,9 @@ def _by_layer(samples: Samples, describe_rows: Callable[..., Tensor]) -> dict[in
     """What the samples show, by layer; samples of one size are described together, calls of one layer pooled."""
     alike = defaultdict(list)
     for i, n, values in samples:
-        alike[n, values.device].append((i, values))
+        alike[n, values.shape, values.device].append((i, values))
     calls = defaultdict(list)
-    for (n, _), group in alike.items():
+    for (n, *_), group in alike.items():
         rows = describe_rows(torch.stack([values for _, values in group]), n)
         for (i, _), row in zip(group, rows.unbind(), strict=True):
             calls[i].append((n, row))

@@ -23,18 +23,19 @@ _MANY = 100  # of fewer values some are always near their limit
 def sample(x: Tensor, size: int = SAMPLE) -> Tensor:
     """A copy of up to `size` values of `x` in fp32, spread evenly over all of it: all values if there are no more.
 
-    In two rows of the same places in both halves of the batch, so that the samples in it can be compared; in one row
-    if its size is odd.
+    Its first dimension is that of the batch, or has two halves of the same places in both halves of the batch, so that
+    the samples in it can be compared; it has one, if the size of a large batch is odd.
     """
     x = x.detach()
     if type(x) is not Tensor:
         x = x.as_subclass(Tensor)
     if x.is_nested:
         x = x.values()
-    rows = 1 if not x.dim() or len(x) % 2 else 2
-    values = (x if x.is_contiguous() else in_memory_order(x)).view(rows, -1)
-    distance = _distance(values.shape[1], x.numel() / size)
-    return (values if distance == 1 else values[:, ::distance]).to(torch.float32, copy=True)
+    if x.numel() > size:
+        halves = 1 if len(x) % 2 else 2
+        values = in_memory_order(x).view(halves, -1)
+        x = values[:, :: _distance(values.shape[1], x.numel() / size)]
+    return x.to(torch.float32, copy=True)
 
 
 def _distance(n: int, at_least: float) -> int:
@@ -49,7 +50,7 @@ def _distance(n: int, at_least: float) -> int:
 
 
 def describe(
-    samples: Tensor,  # of outputs of one size, as `sample` makes them: (outputs, 1 or 2, values), fp32
+    samples: Tensor,  # of outputs of one size, as `sample` makes them, side by side: (outputs, …), fp32
     n: int,  # number of values of each output
     near_zero: float = 0.05,  # |x| up to it counts as near zero
     with_hist: bool = False,  # with a histogram, whose counts are scaled up to all `n` values
@@ -61,7 +62,7 @@ def describe(
     of a saturated sigmoid half; `signal`, the part of the std that differs from one half of the batch to the other, 0
     to about 1 (NaN of an odd batch). Nothing waits for the device.
     """
-    rows = samples.flatten(1)
+    rows = samples.reshape(len(samples), -1)
     values = rows.shape[1]
     mean = rows.mean(1)
     norm = torch.linalg.vector_norm(rows - mean[:, None], dim=1)
@@ -83,9 +84,10 @@ def _share(true: Tensor) -> Tensor:
 
 def _signal(samples: Tensor) -> Tensor:
     """How far the halves of the batch differ in the same places, as a std."""
-    if samples.shape[1] == 1:
+    if samples.dim() < 2 or samples.shape[1] % 2:
         return samples.new_full((len(samples),), math.nan)
-    difference = samples[:, 0, :FEW] - samples[:, 1, :FEW]
+    first, second = samples.view(len(samples), 2, -1)[:, :, :FEW].unbind(1)
+    difference = first - second
     return torch.linalg.vector_norm(difference, dim=1) / math.sqrt(2 * difference.shape[1])
 
 

@@ -22,6 +22,9 @@ from contenders import MODELS  # noqa: E402
 from costs import DEPTHS, Turns, by_depth, memory, others  # noqa: E402
 from fastprogress.fastprogress import progress_bar  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from recording import CALLBACKS  # noqa: E402
+from recording import MODELS as TRAINED  # noqa: E402
+from recording import Turns as TrainingTurns  # noqa: E402
 
 COMMAND = 'python tests/benchmarks/report.py'
 FIGURE = ROOT/'nbs'/'lsuv_cost.png'
@@ -81,34 +84,60 @@ def depth_sentence(times):
             f'{last["course_passes"]:,} passes.')
 
 
-def into_readme(text):
+def steps(name, budget):
+    "A column of the recorder's table: time of a training step, of one without a callback."
+    turns = TrainingTurns(name)
+    for _ in range(turns.rounds_in(3 * budget)): turns.round()
+    return dict(name=name, rounds=len(turns.rows), **{kind: turns.ratio(kind) for kind in CALLBACKS})
+
+
+def recorder_table(columns):
+    lines = [['recording', *(c['name'] for c in columns)], ['---'] * (1 + len(columns))]
+    lines += [[kind, *(f'{c[kind]:.3f}×' for c in columns)] for kind in CALLBACKS]
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+
+
+def measured(results):
+    rounds = [r['rounds'] for r in results]
+    return f'\n\nMeasured on {machine()}, medians of {min(rounds)} to {max(rounds)} rounds, by `{COMMAND}`.'
+
+
+def into_readme(block, text):
     "Put it between its markers."
     path = ROOT/'README.md'
     old = path.read_text(encoding='utf-8')
-    new, n = re.subn(r'(<!-- costs: .*? -->\n).*?(\n<!-- end of costs -->)', lambda m: m[1] + text + m[2], old, flags=re.S)
-    if n != 1: raise ValueError(f'{path}: expected one pair of markers "costs", found {n}')
+    new, n = re.subn(rf'(<!-- {block}: .*? -->\n).*?(\n<!-- end of {block} -->)', lambda m: m[1] + text + m[2], old, flags=re.S)
+    if n != 1: raise ValueError(f'{path}: expected one pair of markers "{block}", found {n}')
     path.write_text(new, encoding='utf-8')
+
+
+def report_costs(bar, budget):
+    rows, times = [costs(name, budget) for name in bar(MODELS)], [by_depth(d) for d in bar(DEPTHS)]
+    figure(DEPTHS, times).savefig(FIGURE, dpi=120)
+    return f'{markdown(rows)}\n\n{depth_sentence(times)}{measured(rows)}'
+
+
+def report_recording(bar, budget):
+    columns = [steps(name, budget) for name in bar(TRAINED)]
+    return recorder_table(columns) + measured(columns)
+
+
+REPORTS = dict(costs=report_costs, recording=report_recording)  # by the README's markers
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('--dry', action='store_true', help='print, and write nothing')
+    parser.add_argument('--dry', action='store_true', help='print, and leave the README as it is')
     parser.add_argument('--seconds', type=float, default=15, help='for the rounds of each model (three at least)')
-    parser.add_argument('--only', nargs='+', choices=MODELS, default=list(MODELS), help='these models; prints')
+    parser.add_argument('--only', choices=REPORTS, help='one of the reports')
     args = parser.parse_args()
     torch.set_num_threads(1)
     matplotlib.use('Agg')
     warnings.simplefilter('ignore')
-    jobs = [(costs, name, args.seconds) for name in args.only] + ([] if len(args.only) < len(MODELS) else [(by_depth, d) for d in DEPTHS])
-    results = [f(*a) for f, *a in progress_bar(jobs)]
-    rows, times = results[:len(args.only)], results[len(args.only):]
-    text = markdown(rows)
-    if times: text += f'\n\n{depth_sentence(times)}'
-    text += f'\n\nMeasured on {machine()}, medians of {min(r["rounds"] for r in rows)} to {max(r["rounds"] for r in rows)} rounds, by `{COMMAND}`.'
-    print(text)
-    if not args.dry and times:
-        into_readme(text)
-        figure(DEPTHS, times).savefig(FIGURE, dpi=120)
+    for block, report in REPORTS.items():
+        if args.only in (None, block):
+            print(text := report(progress_bar, args.seconds))
+            if not args.dry: into_readme(block, text)
 
 
 if __name__ == '__main__': main()
