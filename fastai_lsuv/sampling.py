@@ -86,7 +86,7 @@ def _signal(samples: Tensor) -> Tensor:
     """How far the halves of the batch differ in the same places, as a std."""
     if samples.dim() < 2 or samples.shape[1] % 2:
         return samples.new_full((len(samples),), math.nan)
-    first, second = samples.view(len(samples), 2, -1)[:, :, :FEW].unbind(1)
+    first, second = samples.reshape(len(samples), 2, -1)[:, :, :FEW].unbind(1)
     difference = first - second
     return torch.linalg.vector_norm(difference, dim=1) / math.sqrt(2 * difference.shape[1])
 
