@@ -16,11 +16,12 @@ def test_code_blocks_run(code, tmp_path, monkeypatch, capsys):
     exec(compile(code, 'README.md', 'exec'), namespace)
     report = namespace.get('report') or namespace['learn'].lsuv_report
     assert report.converged and len(report) >= 2
+    if 'recorder' in namespace: assert len(namespace['frame']) == 33 * 22
     assert capsys.readouterr().out
 
 
-def test_there_is_a_block_for_the_learner_and_one_for_plain_pytorch():
-    assert len(BLOCKS) == 2 and 'LSUVCallback()' in BLOCKS[0] and 'lsuv_(' in BLOCKS[1]
+def test_there_is_a_block_for_the_learner_one_for_plain_pytorch_and_one_for_the_recorder():
+    assert len(BLOCKS) == 3 and 'LSUVCallback()' in BLOCKS[0] and 'lsuv_(' in BLOCKS[1] and 'Recorder(' in BLOCKS[2]
 
 
 def test_the_first_block_is_eight_lines(): assert len([line for line in BLOCKS[0].splitlines() if line.strip()]) <= 8

@@ -21,8 +21,8 @@ from fastai_lsuv import ActivationStatsRecorder
 
 CALLBACKS = {  # name: makes the callbacks
     'nothing': list,
-    "fastai's `ActivationStats`": lambda: [ActivationStats()],
-    'the same, histograms': lambda: [ActivationStats(with_hist=True)],
+    "fastai's `ActivationStats`": lambda: [ActivationStats(include_paramless=True)],  # activations as well, as ours does
+    'the same, histograms': lambda: [ActivationStats(include_paramless=True, with_hist=True)],
     '`ActivationStatsRecorder`': lambda: [ActivationStatsRecorder()],
     '`ActivationStatsRecorder`, histograms': lambda: [ActivationStatsRecorder(with_hist=True)],
 }
