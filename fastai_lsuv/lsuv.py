@@ -90,8 +90,13 @@ def _check(model: nn.Module, batch: Any) -> None:
         if is_lazy(tensor):
             raise ValueError(f"{name!r} is lazy and not initialised yet: send a batch through the model first")
     for x in tree_leaves(batch):
-        if isinstance(x, Tensor) and x.is_floating_point() and not bool(x.isfinite().all()):
+        if isinstance(x, Tensor) and x.is_floating_point() and not bool((x.isfinite() | _is_mask(x)).all()):
             raise ValueError(f"the batch has NaN or infinity in an input of shape {tuple(x.shape)}")
+
+
+def _is_mask(x: Tensor) -> Tensor:
+    """Whether a tensor is nothing but zeros and minus infinities: added to attention scores, it switches some off."""
+    return ((x == 0) | (x == -torch.inf)).all() & (x == 0).any()
 
 
 def _reinitialise(unit: Unit, options: Options, rehearsal: Rehearsal) -> None:

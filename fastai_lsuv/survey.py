@@ -16,6 +16,7 @@ from fastai_lsuv.hooks import hooked
 from fastai_lsuv.modules import (
     AFFINE_TYPES,
     GAIN_TYPES,
+    RECURRENT_TYPES,
     Choice,
     chosen,
     is_known_affine,
@@ -29,6 +30,9 @@ from fastai_lsuv.probe import Carriers, find_carriers, first_tensor, known_carri
 from fastai_lsuv.rehearsal import Rehearsal
 from fastai_lsuv.stats import Moments, moments
 from fastai_lsuv.units import Unit, exposed_shift, mark_frozen, mark_tied
+
+
+_LISTED_TYPES = (*AFFINE_TYPES, *RECURRENT_TYPES)  # in the report in any case, with a reason if they are left alone
 
 
 def survey(rehearsal: Rehearsal, modules: Choice, exclude: Choice, per_channel: bool) -> list[Unit]:
@@ -98,7 +102,7 @@ class _Watch:
         return meant and module not in self.excluded and any_parameters(module)
 
     def _is_layer(self, module: nn.Module) -> bool:
-        return self.found.get(module) is not None or isinstance(module, AFFINE_TYPES)
+        return self.found.get(module) is not None or isinstance(module, _LISTED_TYPES)
 
     def _measure(self, module: nn.Module, y: Tensor) -> None:
         carriers = self._carriers(module)
@@ -115,7 +119,8 @@ class _Watch:
         if is_known_affine(module):
             return known_carriers(module)
         parameters = [p for p in self._own_parameters(module) if p.is_floating_point() and p.numel()]
-        if not parameters or (isinstance(module, GAIN_TYPES) and module not in self.wanted):
+        without = isinstance(module, RECURRENT_TYPES) or (isinstance(module, GAIN_TYPES) and module not in self.wanted)
+        if not parameters or without:
             return None
         alike = _signature(module, call)
         if alike is not None and alike in self.known:
@@ -165,7 +170,7 @@ class _Watch:
                     yield Unit(name, module, None, status="skipped", reason="scripted")
                 continue
             adopted = any(p in used for p in module.parameters(recurse=False))
-            if module in self.wanted or (self.modules is None and isinstance(module, AFFINE_TYPES) and not adopted):
+            if module in self.wanted or (self.modules is None and isinstance(module, _LISTED_TYPES) and not adopted):
                 carriers = known_carriers(module) if is_known_affine(module) else None
                 yield Unit(name, module, carriers, status="skipped", reason="never called")
 
@@ -190,7 +195,9 @@ class _Watch:
             eps=self.eps[module],
             before=self.moments[module],
         )
-        if unit.carriers is None:
+        if isinstance(module, RECURRENT_TYPES):
+            unit.skip("recurrent weights")
+        elif unit.carriers is None:
             self._set_up_block(unit)
         if not unit.can_shift:
             unit.reason = unit.reason or "no bias, mean kept"
