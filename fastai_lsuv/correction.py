@@ -20,6 +20,7 @@ from fastai_lsuv.stats import Moments, moments
 from fastai_lsuv.step import one_step, scaled
 from fastai_lsuv.units import Unit
 
+_MOST_POLISHED = 2  # rounds more for what rounding has put off
 _HAD_ITS_EFFECT = 0.02  # generous to half precisions: what isn't linear misses by far
 
 
@@ -34,6 +35,7 @@ class Correction:
         self.dials: dict[Unit, Dial] = {}  # of shared units
         self.turned: list[Unit] = []  # units whose dials are being turned together
         self.solver = Broyden()
+        self.n_polished = 0
         self.best: tuple[float, list[Tensor]] = (math.inf, [])  # least error, and the dials' positions then
 
     def run(self) -> None:
@@ -44,9 +46,10 @@ class Correction:
             self.hopeless: dict[Unit, str] = {}  # in this pass: the next one may see other inputs
             self.pooled: dict[Unit, Moments] = {}  # over the calls of each shared unit
             self.one_sided: dict[Unit, bool] = {}
-            run_again = [m for m, unit in self.units.items() if unit.is_block and not unit.is_shared]
+            run_again = [m for m, unit in self.units.items() if _runs_again(unit)]
             with hooked(dict.fromkeys(self.units, self._see), dict.fromkeys(run_again, self._keep_input)):
                 self.rehearsal.forward()
+            self.inputs.clear()
             self._read_flags()
             if i < self.options.max_iter and self._turn_dials():
                 continue
@@ -66,7 +69,7 @@ class Correction:
             return self._shared(unit, output, y)
         if unit.is_block:
             return self._block(unit, y, self.inputs.pop(module))
-        return _with_first(output, y, self._single(unit, y))
+        return self._single(unit, output, y)
 
     def _moments(self, unit: Unit, y: Tensor) -> Moments:
         own = moments(y, unit.channel_dim(y, self.options.per_channel and not unit.is_block))
@@ -77,7 +80,7 @@ class Correction:
 
     # one exact step, for a layer that is called once
 
-    def _single(self, unit: Unit, y: Tensor) -> Tensor:
+    def _single(self, unit: Unit, output: Any, y: Tensor) -> Any:
         step = one_step(unit, y, self._moments(unit, y), self.options, self.rehearsal.ranks)
         if not is_known_affine(unit.module) and unit not in self.first:
             self.first[unit] = [p.detach().clone() for p in unit.parameters]
@@ -85,7 +88,10 @@ class Correction:
             self.rehearsal.undo.remember(p)
         correct(unit, step.scale, step.shift)
         self.flags[unit] = step.flags
-        return scaled(unit, y, step)
+        if _runs_again(unit):  # how the weight acts on its other outputs (which experts a router chose) nobody knows
+            with self.rehearsal.replay(unit.module) as run:
+                return run(self.inputs.pop(unit.module))
+        return _with_first(output, y, scaled(unit, y, step))
 
     def _read_flags(self) -> None:
         """Read the flags of all single steps at once: the only wait for the device."""
@@ -114,12 +120,24 @@ class Correction:
         changed = [self.rehearsal.undo.take_back(p) for p in unit.touched]
         return any(changed)
 
-    # a layer that the probe found: linear for the probe's noise, but was it so for this input?
+    # after a look at the results
 
-    def put_right(self) -> bool:
-        """After a look at the results: take back layers that one step didn't put right, so that they count as blocks.
+    def put_right(self, missed: list[Unit]) -> bool:
+        """Get ready for another run, if one is worth it: returns whether it is. `missed` are units that are not right.
 
-        Those of the first one's type; what comes behind may be off because of them. Returns whether there are any.
+        A layer that the probe found may be linear for the probe's noise and not for this input. And where the mean
+        dwarfs the std, the output was rounded before it was corrected, and what is behind has seen the rounding.
+        """
+        if self._take_back_nonlinear():
+            return True
+        exact = [unit for unit in missed if not (unit.status or unit.is_block or unit.is_shared)]
+        self.n_polished += bool(exact)
+        return bool(exact) and self.n_polished <= _MOST_POLISHED
+
+    def _take_back_nonlinear(self) -> bool:
+        """Take back layers that one step didn't put right, so that they count as blocks; returns whether there are any.
+
+        Those of the first one's type; what comes behind may be off because of them.
         """
         wrong = [unit for unit in self.units.values() if self._was_not_linear(unit)]
         for unit in wrong:
@@ -158,8 +176,8 @@ class Correction:
 
     def _shared(self, unit: Unit, output: Any, y: Tensor) -> Any:
         if self.first_pass and unit not in self.pooled and not unit.is_block and not self._was_right(unit):
-            y, first = self._single(unit, y), y  # a good start for the calls that follow
-            output = _with_first(output, first, y)
+            output = self._single(unit, output, y)  # a good start for the calls that follow
+            y = _first(output)
         now = self._moments(unit, y)
         self.pooled[unit] = self.pooled[unit].merge(now) if unit in self.pooled else now
         self.one_sided[unit] = unit.is_block and self._one_sided(unit, y, now) and self.one_sided.get(unit, True)
@@ -193,6 +211,11 @@ class Correction:
             self.dials[unit].turn(position)
             unit.n_iter += 1
         return True
+
+
+def _runs_again(unit: Unit) -> bool:
+    """Whether only another run of the unit alone can tell what it puts out when it has been corrected."""
+    return (unit.is_block and not unit.is_shared) or unit.has_more_outputs
 
 
 def _hopeless(seen: Moments) -> str:

@@ -75,7 +75,7 @@ def run(model: nn.Module, batch: Any, options: Options, ranks: Ranks) -> LSUVRep
             correction = Correction(rehearsal, units, options)
             correction.run()
         _observe(rehearsal, units, options)
-        while not options.only_measures and correction.put_right():
+        while not options.only_measures and correction.put_right([u for u in units if not _is_right(u, options)]):
             correction.run()
             _observe(rehearsal, units, options)
         ranks.finish()
@@ -155,15 +155,17 @@ def _row(unit: Unit, options: Options) -> Row:
 def _status(unit: Unit, options: Options) -> str:
     if options.only_measures:
         return "unchanged"
-    if unit.after is None or not _reached(unit, unit.after, options):
+    if not _is_right(unit, options):
         return "not_converged"
     return "corrected" if unit.n_iter else "unchanged"
 
 
-def _reached(unit: Unit, after: Moments, options: Options) -> bool:
+def _is_right(unit: Unit, options: Options) -> bool:
+    if unit.after is None:
+        return False
     exact = not (unit.is_block or unit.is_shared)
     centred = unit.can_shift and not unit.reason.endswith("mean kept")
-    return is_right(after, options, (EXACT if exact else options.tol) + _rounding(unit), centred)
+    return is_right(unit.after, options, (EXACT if exact else options.tol) + _rounding(unit), centred)
 
 
 def _rounding(unit: Unit) -> float:

@@ -74,6 +74,7 @@ class _Watch:
     known: dict[Any, tuple[list[Tensor], Carriers | None]] = field(default_factory=dict)
     moments: dict[nn.Module, Moments] = field(default_factory=dict)
     eps: dict[nn.Module, float] = field(default_factory=dict)
+    with_more_outputs: set[nn.Module] = field(default_factory=set)  # than the tensor that is measured
     last_output: Tensor | None = None  # a module that hands on what one inside it has put out is no layer of its own
 
     def __post_init__(self) -> None:
@@ -95,6 +96,8 @@ class _Watch:
             self.found[module] = None if handed_on else self._examine(module, (args, kwargs))
         if self._is_judged(module) and y is not None:
             self._measure(module, y)
+            if any(isinstance(o, Tensor) and o is not y for o in tree_leaves(output)):
+                self.with_more_outputs.add(module)
         self.last_output = y
 
     def _is_judged(self, module: nn.Module) -> bool:
@@ -192,6 +195,7 @@ class _Watch:
             module,
             self._carriers(module),
             n_calls=self.calls[module],
+            has_more_outputs=module in self.with_more_outputs,
             eps=self.eps[module],
             before=self.moments[module],
         )

@@ -26,6 +26,7 @@ class Unit:
     n_iter: int = 0
     ratio: float = 0.0  # |mean| / std of the output when it was corrected
     n_calls: int = 0
+    has_more_outputs: bool = False  # tensors beside the one that is measured
     eps: float = 0.0  # spacing of the output's dtype at 1
     before: Moments | None = None
     after: Moments | None = None

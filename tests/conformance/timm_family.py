@@ -8,6 +8,8 @@ import torch
 from .architecture import Architecture, Built
 from .inputs import crops
 
+SMALLER = {'deepseek_vit': {'depth': 4}}  # there is none below 400 M parameters
+
 
 def architectures():
     for module in timm.models.list_modules():
@@ -15,7 +17,7 @@ def architectures():
 
 
 def build(module):
-    name = smallest(module)
+    name, smaller = smallest(module), SMALLER.get(module, {})
     config = timm.get_pretrained_cfg(name)
     channels, default = config.input_size[0], config.input_size[-1]
     half = max(default // 64 * 32, 32)  # less to compute, where the architecture takes it
@@ -24,11 +26,11 @@ def build(module):
     for side, kwargs in options:
         torch.manual_seed(0)
         try:
-            model, x = timm.create_model(name, **kwargs), crops(channels=channels, side=side)
+            model, x = timm.create_model(name, **kwargs, **smaller), crops(channels=channels, side=side)
             with torch.no_grad(): model.eval()(x)
         except Exception:
             if (side, kwargs) == options[-1]: raise
-        else: return Built(model.train(), x, f'{name}, {side} px')
+        else: return Built(model.train(), x, ', '.join([name, f'{side} px', *(f'{k} {v}' for k, v in smaller.items())]))
     raise AssertionError
 
 

@@ -73,7 +73,8 @@ def _run(verdict, model, batch):
         assert not strange, f'moved, but belong to no corrected layer: {strange[:5]}'
     with noting(faults):
         shared = any(row.n_calls > 1 for row in report if row.status != 'skipped')
-        assert report.n_forward == 3 or shared, f'{report.n_forward} passes'
+        rounded = any(abs(row.mean_before) > 1e4 * row.std_before > 0 for row in report)  # too few digits for one step
+        assert report.n_forward == 3 or shared or (rounded and report.n_forward <= 7), f'{report.n_forward} passes'
     del before, bits
     check_layers(model, batch, report, faults)
 
