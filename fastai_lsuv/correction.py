@@ -18,7 +18,7 @@ from fastai_lsuv.rehearsal import Call, Rehearsal, copied
 from fastai_lsuv.solver import Broyden, Dial, correct
 from fastai_lsuv.stats import Moments, moments
 from fastai_lsuv.step import one_step, scaled
-from fastai_lsuv.units import Unit
+from fastai_lsuv.units import TOO_FEW, Unit
 
 _MOST_POLISHED = 2  # rounds more for what rounding has put off
 _HAD_ITS_EFFECT = 0.02  # generous to half precisions: what isn't linear misses by far
@@ -29,6 +29,9 @@ class Correction:
 
     def __init__(self, rehearsal: Rehearsal, units: list[Unit], options: Options) -> None:
         self.rehearsal, self.options = rehearsal, options
+        for unit in units:
+            if unit.reason == TOO_FEW:
+                unit.reconsider()
         self.units = {unit.module: unit for unit in units if not unit.status}
         self.inputs: dict[nn.Module, Call] = {}  # of modules that run again
         self.first: dict[Unit, list[Tensor]] = {}  # weights of layers that the probe found, before their step
@@ -81,7 +84,11 @@ class Correction:
     # one exact step, for a layer that is called once
 
     def _single(self, unit: Unit, output: Any, y: Tensor) -> Any:
-        step = one_step(unit, y, self._moments(unit, y), self.options, self.rehearsal.ranks)
+        seen = self._moments(unit, y)
+        if seen.n < 2:
+            self.hopeless[unit] = TOO_FEW
+            return output
+        step = one_step(unit, y, seen, self.options, self.rehearsal.ranks)
         if not is_known_affine(unit.module) and unit not in self.first:
             self.first[unit] = [p.detach().clone() for p in unit.parameters]
         for p in unit.parameters:
@@ -180,7 +187,9 @@ class Correction:
             y = _first(output)
         now = self._moments(unit, y)
         self.pooled[unit] = self.pooled[unit].merge(now) if unit in self.pooled else now
-        self.one_sided[unit] = unit.is_block and self._one_sided(unit, y, now) and self.one_sided.get(unit, True)
+        if now.n > 1:
+            one_sided = unit.is_block and self._one_sided(unit, y, now)
+            self.one_sided[unit] = one_sided and self.one_sided.get(unit, True)
         return output
 
     def _was_right(self, unit: Unit) -> bool:
@@ -189,7 +198,7 @@ class Correction:
     def _set_up_dials(self, shared: dict[Unit, Moments]) -> None:
         for unit, seen in shared.items():
             if unit not in self.dials:
-                shifts = unit.can_shift and (unit.shift is not None or not self.one_sided[unit])
+                shifts = unit.can_shift and (unit.shift is not None or not self.one_sided.get(unit))
                 self._note_kept_mean(unit, shifts)
                 self.dials[unit] = Dial(unit, self.options, self.rehearsal, shifts, seen)
         if self.turned != list(shared):  # other unknowns than before
@@ -220,6 +229,8 @@ def _runs_again(unit: Unit) -> bool:
 
 def _hopeless(seen: Moments) -> str:
     """Why an output can't be scaled, if so."""
+    if seen.n < 2:
+        return TOO_FEW
     if not bool(seen.std.isfinite().all()):
         return "non-finite output"
     return "" if bool((seen.std > 0).all()) else "constant output"

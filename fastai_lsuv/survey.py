@@ -29,8 +29,7 @@ from fastai_lsuv.modules import (
 from fastai_lsuv.probe import Carriers, find_carriers, first_tensor, known_carriers, small_noise
 from fastai_lsuv.rehearsal import Rehearsal
 from fastai_lsuv.stats import Moments, moments
-from fastai_lsuv.units import Unit, exposed_shift, mark_frozen, mark_tied
-
+from fastai_lsuv.units import Unit, exposed_shift, mark_frozen, mark_starved, mark_tied
 
 _LISTED_TYPES = (*AFFINE_TYPES, *RECURRENT_TYPES)  # in the report in any case, with a reason if they are left alone
 
@@ -47,6 +46,7 @@ def survey(rehearsal: Rehearsal, modules: Choice, exclude: Choice, per_channel: 
     units = list(watch.units())
     mark_frozen(units)
     mark_tied(rehearsal.model, units)
+    mark_starved(units)
     rehearsal.ranks.agree("what can be corrected", [_outline(unit) for unit in units])
     return units
 
@@ -205,8 +205,6 @@ class _Watch:
             self._set_up_block(unit)
         if not unit.can_shift:
             unit.reason = unit.reason or "no bias, mean kept"
-        if not unit.status and self.moments[module].n < 2:
-            unit.skip("too few values")
         if self.per_channel and (unit.is_block or unit.carriers is None or unit.carriers.channel_dim is None):
             unit.skip("excluded by mode")
         return unit

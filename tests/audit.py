@@ -115,6 +115,7 @@ def audit(model, batch, *, channels=True) -> list[Record]:
 def n_calls(model, batch, modules) -> dict[nn.Module, int]:
     "How often the forward of each of `modules` runs in a clean pass."
     counts, handles = dict.fromkeys(modules, 0), []
+    if not counts: return counts
 
     def watch(m):
         def hook(m, args): counts[m] += 1
@@ -131,6 +132,7 @@ def n_calls(model, batch, modules) -> dict[nn.Module, int]:
 def outputs_of(model, batch, names) -> dict[str, tuple[float, float]]:
     "(mean, std) of the first tensor that each named module gives out, over all its calls, in a clean pass."
     seen, handles = {}, []
+    if not names: return {}
 
     def watch(name):
         hook = lambda m, args, out: seen.setdefault(name, []).append(first_tensor(out).detach().double().flatten().clone())

@@ -61,7 +61,7 @@ def assert_true_reason(model, batch, row, r):
     if reason == 'frozen': assert not all(p.requires_grad for p in m.parameters(recurse=False))
     elif reason == 'constant output': assert r.constant, (row, r.mean, r.std, r.channel_mean, r.channel_std)
     elif reason == 'non-finite output': assert not r.finite
-    elif reason == 'too few values': assert r.n < 2 or r.channel_n < 2
+    elif reason == 'too few values': assert r.n < 2 or r.channel_n < 2, (row, r.n)
     elif reason == 'tied weight':
         assert any(p is m.weight for o in model.modules() if o is not m for p in o.parameters(recurse=False))
     elif reason == 'weight has no effect on scale':

@@ -50,7 +50,7 @@ MODELS = {  # name: (class, configuration, batch)
     'BEiT': ('BeitForImageClassification', lambda: hf.BeitConfig(**VISION), images),
     'DINOv2': ('Dinov2ForImageClassification', lambda: hf.Dinov2Config(**VISION), images),
     'Swin': ('SwinForImageClassification', lambda: hf.SwinConfig(image_size=64, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4), images),
-    'SegFormer': ('SegformerForSemanticSegmentation', lambda: hf.SegformerConfig(hidden_sizes=[16, 32, 64, 64], num_attention_heads=[1, 2, 4, 4], decoder_hidden_size=32), images),
+    'SegFormer': ('SegformerForImageClassification', lambda: hf.SegformerConfig(), images),
     'CLIP': ('CLIPModel', clip_config, lambda: images() | text()),
     'Wav2Vec2': ('Wav2Vec2ForCTC', lambda: hf.Wav2Vec2Config(conv_dim=(32,)*7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
                  **TEXT | dict(vocab_size=32)), waves),

@@ -11,7 +11,7 @@ from . import fastai_family, huggingface_family, timm_family, torch_family, torc
 from .architecture import Architecture
 from .verdict import Verdict, judge
 
-FAMILIES = (timm_family, torchvision_family, fastai_family, huggingface_family, torch_family)
+FAMILIES = (torch_family, fastai_family, huggingface_family, torchvision_family, timm_family)  # short ones first
 
 
 def architectures() -> dict[str, Architecture]:

@@ -21,8 +21,8 @@ def build(module):
     config = timm.get_pretrained_cfg(name)
     channels, default = config.input_size[0], config.input_size[-1]
     half = max(default // 64 * 32, 32)  # less to compute, where the architecture takes it
-    options = [(half, {}), (half, {'img_size': half}), (default, {})]
-    if config.fixed_input_size: options = options[1:]
+    options = [(side, kwargs) for side in (min(half, 128), half) for kwargs in ({}, {'img_size': side})] + [(default, {})]
+    if config.fixed_input_size: options = [(side, kwargs) for side, kwargs in options if kwargs or side == default]
     for side, kwargs in options:
         torch.manual_seed(0)
         try:

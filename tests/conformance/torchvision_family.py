@@ -10,11 +10,13 @@ import torchvision.models as tv
 from .architecture import Architecture, Built
 from .inputs import clips, crops, noise
 
-LARGER = ('convnext_small convnext_base convnext_large densenet161 densenet169 densenet201 mnasnet0_75 mnasnet1_0 mnasnet1_3 '
-          'mobilenet_v3_large resnet34 resnet101 resnet152 resnext101_32x8d resnext101_64x4d shufflenet_v2_x1_0 '
-          'shufflenet_v2_x1_5 shufflenet_v2_x2_0 swin_b swin_s swin_v2_b swin_v2_s vgg13 vgg13_bn vgg16 vgg16_bn vgg19 vgg19_bn '
-          'vit_b_16 vit_h_14 vit_l_16 vit_l_32 wide_resnet101_2 efficientnet_v2_m efficientnet_v2_l squeezenet1_0 '
-          'fcn_resnet101 deeplabv3_resnet101 swin3d_s swin3d_b raft_large').split()
+LARGER = [  # siblings of what is tried
+    'convnext_small', 'convnext_base', 'convnext_large', 'densenet161', 'densenet169', 'densenet201', 'mnasnet0_75',
+    'mnasnet1_0', 'mnasnet1_3', 'mobilenet_v3_large', 'resnet34', 'resnet101', 'resnet152', 'resnext101_32x8d',
+    'resnext101_64x4d', 'shufflenet_v2_x1_0', 'shufflenet_v2_x1_5', 'shufflenet_v2_x2_0', 'swin_b', 'swin_s',
+    'swin_v2_b', 'swin_v2_s', 'vgg13', 'vgg13_bn', 'vgg16', 'vgg16_bn', 'vgg19', 'vgg19_bn', 'vit_b_16', 'vit_h_14',
+    'vit_l_16', 'vit_l_32', 'wide_resnet101_2', 'efficientnet_v2_m', 'efficientnet_v2_l', 'squeezenet1_0',
+    'fcn_resnet101', 'deeplabv3_resnet101', 'swin3d_s', 'swin3d_b', 'raft_large']
 LARGER += [f'efficientnet_b{i}' for i in range(1, 8)]
 KIND = {'segmentation': tv.segmentation, 'detection': tv.detection, 'video': tv.video, 'optical flow': tv.optical_flow}
 SIDE = {'alexnet': 128, 'inception_v3': 128, 'maxvit_t': 224}  # of the image; others: 96
@@ -48,6 +50,7 @@ def segmentation(name): return Built(made(name, weights_backbone=None), crops(si
 def detection(name):
     "A list of images of different sizes, as detectors take them; made small again by their own transform."
     kwargs = {} if name.startswith('ssd') else {'min_size': 128, 'max_size': 192}
+    if 'rcnn' in name: kwargs |= {'rpn_post_nms_top_n_test': 64, 'box_detections_per_img': 16}
     model = made(name, weights_backbone=None, **kwargs)
     images = [crops(1, side=128, seed=i)[0] for i in range(2)] + [crops(1, side=160, height=128, seed=3)[0]]
     return Built(model, (images,), '3 images')

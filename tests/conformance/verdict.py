@@ -1,13 +1,12 @@
 """What `lsuv_` made of one architecture, by the audit: every layer at its target or named with a reason that is true."""
 from __future__ import annotations
 
-import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 
 import torch
-from audit import AFFINE, as_in_training, audit, call, differences, fingerprint, moved, n_calls, outputs_of, parameter_bits, rng_print
+from audit import AFFINE, audit, differences, fingerprint, moved, n_calls, outputs_of, parameter_bits, rng_print
 from checks import TOL, assert_at, assert_measured, assert_true_reason
 from torch import nn
 
@@ -32,7 +31,6 @@ class Verdict:
     skipped: dict[str, int] = field(default_factory=dict)  # how many, by reason
     passes: int = 0
     seconds: float = 0.  # of `lsuv_`
-    cost: float = 0.  # the same in forward passes
     faults: list[str] = field(default_factory=list)
 
 
@@ -56,10 +54,8 @@ def judge(architecture) -> Verdict:
 
 def _run(verdict, model, batch):
     before, bits, rng = fingerprint(model), parameter_bits(model), rng_print()
-    forward = _seconds_of_a_pass(model, batch)
     report = lsuv_(model, batch)
     verdict.layers, verdict.passes, verdict.seconds = len(report), report.n_forward, round(report.seconds, 2)
-    verdict.cost = round(report.seconds / forward, 1)
     verdict.right = sum(row.status in RIGHT for row in report)
     verdict.mean_kept = sum(row.status in RIGHT and row.reason.endswith('mean kept') for row in report)
     verdict.skipped = dict(Counter(row.reason for row in report if row.status == 'skipped'))
@@ -77,16 +73,6 @@ def _run(verdict, model, batch):
         assert report.n_forward == 3 or shared or (rounded and report.n_forward <= 7), f'{report.n_forward} passes'
     del before, bits
     check_layers(model, batch, report, faults)
-
-
-def _seconds_of_a_pass(model, batch):
-    times = []
-    for _ in range(2):
-        with as_in_training(model):
-            started = time.perf_counter()
-            call(model, batch)
-            times.append(time.perf_counter() - started)
-    return min(times)
 
 
 def _may_move(parameter, model, report):
