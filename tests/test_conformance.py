@@ -111,7 +111,8 @@ def verdicts():
 
 def test_rows_come_back_from_the_file_if_the_code_is_the_same(verdicts, tmp_path):
     for v in verdicts: tables.append(tmp_path/'t.csv', v, 'now')
-    assert tables.read(tmp_path/'t.csv', 'now') == verdicts and tables.read(tmp_path/'t.csv', 'later') == []
+    assert tables.read(tmp_path/'t.csv', {'timm/a': 'now', 'fastai/b': 'now'}) == verdicts
+    assert tables.read(tmp_path/'t.csv', {'timm/a': 'later', 'fastai/b': 'now'}) == verdicts[1:]
     assert json.loads(pd.read_csv(tmp_path/'t.csv').skipped[0]) == {'constant output': 1}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from fastprogress import progress_bar
 
 from . import tables
-from .runner import architectures, judge_apart
+from .runner import architectures, judge_apart, sources
 
 OUT = tables.ROOT/'nbs'/'architectures'
 
@@ -37,14 +37,14 @@ def _arguments():
 
 def _run(paths, args, whole) -> int:
     os.environ['HF_HUB_OFFLINE'] = '1'  # nothing here is to be downloaded
-    csv, code = args.out.with_suffix('.csv'), tables.sources()
+    csv, code = args.out.with_suffix('.csv'), sources()
     done = {f'{v.family}/{v.name}': v for v in (tables.read(csv, code) if args.resume else [])}
-    if whole and not done: csv.unlink(missing_ok=True)
+    if whole: _begin(csv, done.values(), code)
     bar = progress_bar([p for p in paths if p not in done])
     for path in bar:
         bar.comment = path
         verdict = done[path] = judge_apart(path, args.timeout, args.memory)
-        if whole: tables.append(csv, verdict, code)
+        if whole: tables.append(csv, verdict, code[path])
         if verdict.outcome != 'right': print(f'\n{path}: {verdict.outcome}: {"; ".join(verdict.faults[:4])}', flush=True)
     verdicts = [done[p] for p in paths]
     if whole:
@@ -52,3 +52,9 @@ def _run(paths, args, whole) -> int:
         if args.out == OUT: tables.put_into(tables.ROOT/'README.md', tables.summary(verdicts))
     print(tables.summary(verdicts) if whole else tables.markdown(verdicts))
     return int(any(v.outcome != 'right' for v in verdicts))
+
+
+def _begin(csv, kept, code):
+    "The CSV file with the rows that are kept."
+    csv.unlink(missing_ok=True)
+    for v in kept: tables.append(csv, v, code[f'{v.family}/{v.name}'])

@@ -4,10 +4,11 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import warnings
+from pathlib import Path
 
 import torch
 
-from . import fastai_family, huggingface_family, timm_family, torch_family, torchvision_family
+from . import fastai_family, huggingface_family, tables, timm_family, torch_family, torchvision_family
 from .architecture import Architecture
 from .verdict import Verdict, judge
 
@@ -17,6 +18,12 @@ FAMILIES = (torch_family, fastai_family, huggingface_family, torchvision_family,
 def architectures() -> dict[str, Architecture]:
     "All, by path."
     return {a.path: a for family in FAMILIES for a in family.architectures()}
+
+
+def sources() -> dict[str, str]:
+    "What the verdict on each architecture depends on, by path."
+    hashes = {family: tables.sources(Path(family.__file__)) for family in FAMILIES}
+    return {a.path: hashes[family] for family in FAMILIES for a in family.architectures()}
 
 
 def judge_apart(path: str, timeout: float, memory: float) -> Verdict:

@@ -15,10 +15,11 @@ ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = '<!-- architectures: written by python tests/conformance -->', '<!-- /architectures -->'
 
 
-def sources() -> str:
-    "What a verdict depends on: a hash of the package, the audit and this folder."
-    files = [*ROOT.glob('fastai_lsuv/*.py'), *ROOT.glob('tests/conformance/*.py'), ROOT/'tests/audit.py', ROOT/'tests/checks.py']
-    return hashlib.sha256(b''.join(p.read_bytes() for p in sorted(files))).hexdigest()[:12]
+def sources(family: Path) -> str:
+    "What a verdict depends on: a hash of the package, the audit, and the file that lists the family."
+    judges = [ROOT/'tests'/name for name in ('audit.py', 'checks.py', 'conformance/verdict.py', 'conformance/inputs.py')]
+    files = [*sorted(ROOT.glob('fastai_lsuv/*.py')), *judges, family]
+    return hashlib.sha256(b''.join(p.read_bytes() for p in files)).hexdigest()[:12]
 
 
 def append(path: Path, verdict: Verdict, sources: str):
@@ -27,11 +28,12 @@ def append(path: Path, verdict: Verdict, sources: str):
     pd.DataFrame([row]).to_csv(path, mode='a', header=not path.exists(), index=False)
 
 
-def read(path: Path, sources: str) -> list[Verdict]:
-    "The verdicts in a CSV file that were found with these `sources`."
+def read(path: Path, sources: dict[str, str]) -> list[Verdict]:
+    "The verdicts in a CSV file on architectures whose `sources`, by path, are the same as when they were found."
     if not path.exists(): return []
     frame = pd.read_csv(path, keep_default_na=False)
-    rows = frame[frame.sources == sources][COLUMNS].to_dict('records')
+    same = [sources.get(f'{row.family}/{row.name}') == row.sources for row in frame.itertuples(index=False)]
+    rows = frame[same][COLUMNS].to_dict('records')
     return [Verdict(**row | {k: json.loads(row[k]) for k in ('skipped', 'faults')}) for row in rows]
 
 
