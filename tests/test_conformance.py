@@ -1,5 +1,6 @@
 """A dozen of the architectures that `python tests/conformance` goes through, each hard in a way of its own; and that run itself."""
 import json
+import warnings
 
 import pandas as pd
 import pytest
@@ -16,7 +17,7 @@ import fastai_lsuv
 DOZEN = {  # path: reasons that must be there
     'timm/mlp_mixer': {'constant output'},  # gMLP: a head of zeros, gates whose mean dwarfs their std
     'timm/sequencer': {'recurrent weights', 'constant output'},
-    'timm/eva': {'never called'},  # weights used functionally beside separate q/v biases
+    'torchvision/swin_v2_t': {'never called'},  # weights used functionally beside biases of which one is zeroed
     'timm/csatv2': {'constant output'},  # a constant positional input
     'timm/nfnet': {'constant output'},  # `ScaledStdConv2d`: its gain carries the scale
     'timm/vision_transformer_hybrid': {'weight has no effect on scale'},  # weight standardisation
@@ -34,8 +35,7 @@ ALL = runner.architectures()
 
 @pytest.mark.parametrize('path', DOZEN)
 def test_every_layer_is_right_or_named_with_a_reason_that_is_true(path):
-    if path.startswith('Hugging Face'): pytest.importorskip('transformers')
-    verdict = judge(ALL[path])
+    with warnings.catch_warnings(): verdict = judge(ALL[path])  # transformers sets filters when it loads a model's code
     assert verdict.outcome == 'right', verdict.faults
     assert set(verdict.skipped) == DOZEN[path] and verdict.layers > 0
 

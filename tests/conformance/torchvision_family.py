@@ -20,7 +20,7 @@ LARGER = [  # siblings of what is tried
 LARGER += [f'efficientnet_b{i}' for i in range(1, 8)]
 KIND = {'segmentation': tv.segmentation, 'detection': tv.detection, 'video': tv.video, 'optical flow': tv.optical_flow}
 SIDE = {'alexnet': 128, 'inception_v3': 128, 'maxvit_t': 224}  # of the image; others: 96
-FRAMES_AND_SIDE = {'mvit_v1_b': (16, 224), 'mvit_v2_s': (16, 224)}
+FRAMES_AND_SIDE = {'mvit_v1_b': (16, 224), 'mvit_v2_s': (16, 224), 's3d': (16, 224)}
 
 
 def architectures():
