@@ -18,8 +18,9 @@ from fastai_lsuv.rehearsal import Call, Rehearsal, copied
 from fastai_lsuv.solver import Broyden, Dial, correct
 from fastai_lsuv.stats import Moments, moments
 from fastai_lsuv.step import one_step, scaled
-from fastai_lsuv.units import Unit
+from fastai_lsuv.units import TOO_FEW, Unit
 
+_MOST_POLISHED = 2  # rounds more for what rounding has put off
 _HAD_ITS_EFFECT = 0.02  # generous to half precisions: what isn't linear misses by far
 
 
@@ -28,12 +29,16 @@ class Correction:
 
     def __init__(self, rehearsal: Rehearsal, units: list[Unit], options: Options) -> None:
         self.rehearsal, self.options = rehearsal, options
+        for unit in units:
+            if unit.reason == TOO_FEW:
+                unit.reconsider()
         self.units = {unit.module: unit for unit in units if not unit.status}
         self.inputs: dict[nn.Module, Call] = {}  # of modules that run again
         self.first: dict[Unit, list[Tensor]] = {}  # weights of layers that the probe found, before their step
         self.dials: dict[Unit, Dial] = {}  # of shared units
         self.turned: list[Unit] = []  # units whose dials are being turned together
         self.solver = Broyden()
+        self.n_polished = 0
         self.best: tuple[float, list[Tensor]] = (math.inf, [])  # least error, and the dials' positions then
 
     def run(self) -> None:
@@ -44,9 +49,10 @@ class Correction:
             self.hopeless: dict[Unit, str] = {}  # in this pass: the next one may see other inputs
             self.pooled: dict[Unit, Moments] = {}  # over the calls of each shared unit
             self.one_sided: dict[Unit, bool] = {}
-            run_again = [m for m, unit in self.units.items() if unit.is_block and not unit.is_shared]
+            run_again = [m for m, unit in self.units.items() if _runs_again(unit)]
             with hooked(dict.fromkeys(self.units, self._see), dict.fromkeys(run_again, self._keep_input)):
                 self.rehearsal.forward()
+            self.inputs.clear()
             self._read_flags()
             if i < self.options.max_iter and self._turn_dials():
                 continue
@@ -66,7 +72,7 @@ class Correction:
             return self._shared(unit, output, y)
         if unit.is_block:
             return self._block(unit, y, self.inputs.pop(module))
-        return _with_first(output, y, self._single(unit, y))
+        return self._single(unit, output, y)
 
     def _moments(self, unit: Unit, y: Tensor) -> Moments:
         own = moments(y, unit.channel_dim(y, self.options.per_channel and not unit.is_block))
@@ -77,15 +83,22 @@ class Correction:
 
     # one exact step, for a layer that is called once
 
-    def _single(self, unit: Unit, y: Tensor) -> Tensor:
-        step = one_step(unit, y, self._moments(unit, y), self.options, self.rehearsal.ranks)
+    def _single(self, unit: Unit, output: Any, y: Tensor) -> Any:
+        seen = self._moments(unit, y)
+        if seen.n < 2:
+            self.hopeless[unit] = TOO_FEW
+            return output
+        step = one_step(unit, y, seen, self.options, self.rehearsal.ranks)
         if not is_known_affine(unit.module) and unit not in self.first:
             self.first[unit] = [p.detach().clone() for p in unit.parameters]
         for p in unit.parameters:
             self.rehearsal.undo.remember(p)
         correct(unit, step.scale, step.shift)
         self.flags[unit] = step.flags
-        return scaled(unit, y, step)
+        if _runs_again(unit):  # how the weight acts on its other outputs (which experts a router chose) nobody knows
+            with self.rehearsal.replay(unit.module) as run:
+                return run(self.inputs.pop(unit.module))
+        return _with_first(output, y, scaled(unit, y, step))
 
     def _read_flags(self) -> None:
         """Read the flags of all single steps at once: the only wait for the device."""
@@ -114,12 +127,24 @@ class Correction:
         changed = [self.rehearsal.undo.take_back(p) for p in unit.touched]
         return any(changed)
 
-    # a layer that the probe found: linear for the probe's noise, but was it so for this input?
+    # after a look at the results
 
-    def put_right(self) -> bool:
-        """After a look at the results: take back layers that one step didn't put right, so that they count as blocks.
+    def put_right(self, missed: list[Unit]) -> bool:
+        """Get ready for another run, if one is worth it: returns whether it is. `missed` are units that are not right.
 
-        Those of the first one's type; what comes behind may be off because of them. Returns whether there are any.
+        A layer that the probe found may be linear for the probe's noise and not for this input. And where the mean
+        dwarfs the std, the output was rounded before it was corrected, and what is behind has seen the rounding.
+        """
+        if self._take_back_nonlinear():
+            return True
+        exact = [unit for unit in missed if not (unit.status or unit.is_block or unit.is_shared)]
+        self.n_polished += bool(exact)
+        return bool(exact) and self.n_polished <= _MOST_POLISHED
+
+    def _take_back_nonlinear(self) -> bool:
+        """Take back layers that one step didn't put right, so that they count as blocks; returns whether there are any.
+
+        Those of the first one's type; what comes behind may be off because of them.
         """
         wrong = [unit for unit in self.units.values() if self._was_not_linear(unit)]
         for unit in wrong:
@@ -158,11 +183,13 @@ class Correction:
 
     def _shared(self, unit: Unit, output: Any, y: Tensor) -> Any:
         if self.first_pass and unit not in self.pooled and not unit.is_block and not self._was_right(unit):
-            y, first = self._single(unit, y), y  # a good start for the calls that follow
-            output = _with_first(output, first, y)
+            output = self._single(unit, output, y)  # a good start for the calls that follow
+            y = _first(output)
         now = self._moments(unit, y)
         self.pooled[unit] = self.pooled[unit].merge(now) if unit in self.pooled else now
-        self.one_sided[unit] = unit.is_block and self._one_sided(unit, y, now) and self.one_sided.get(unit, True)
+        if now.n > 1:
+            one_sided = unit.is_block and self._one_sided(unit, y, now)
+            self.one_sided[unit] = one_sided and self.one_sided.get(unit, True)
         return output
 
     def _was_right(self, unit: Unit) -> bool:
@@ -171,7 +198,7 @@ class Correction:
     def _set_up_dials(self, shared: dict[Unit, Moments]) -> None:
         for unit, seen in shared.items():
             if unit not in self.dials:
-                shifts = unit.can_shift and (unit.shift is not None or not self.one_sided[unit])
+                shifts = unit.can_shift and (unit.shift is not None or not self.one_sided.get(unit))
                 self._note_kept_mean(unit, shifts)
                 self.dials[unit] = Dial(unit, self.options, self.rehearsal, shifts, seen)
         if self.turned != list(shared):  # other unknowns than before
@@ -195,8 +222,15 @@ class Correction:
         return True
 
 
+def _runs_again(unit: Unit) -> bool:
+    """Whether only another run of the unit alone can tell what it puts out when it has been corrected."""
+    return (unit.is_block and not unit.is_shared) or unit.has_more_outputs
+
+
 def _hopeless(seen: Moments) -> str:
     """Why an output can't be scaled, if so."""
+    if seen.n < 2:
+        return TOO_FEW
     if not bool(seen.std.isfinite().all()):
         return "non-finite output"
     return "" if bool((seen.std > 0).all()) else "constant output"

@@ -75,7 +75,7 @@ def run(model: nn.Module, batch: Any, options: Options, ranks: Ranks) -> LSUVRep
             correction = Correction(rehearsal, units, options)
             correction.run()
         _observe(rehearsal, units, options)
-        while not options.only_measures and correction.put_right():
+        while not options.only_measures and correction.put_right([u for u in units if not _is_right(u, options)]):
             correction.run()
             _observe(rehearsal, units, options)
         ranks.finish()
@@ -90,8 +90,13 @@ def _check(model: nn.Module, batch: Any) -> None:
         if is_lazy(tensor):
             raise ValueError(f"{name!r} is lazy and not initialised yet: send a batch through the model first")
     for x in tree_leaves(batch):
-        if isinstance(x, Tensor) and x.is_floating_point() and not bool(x.isfinite().all()):
+        if isinstance(x, Tensor) and x.is_floating_point() and not bool((x.isfinite() | _is_mask(x)).all()):
             raise ValueError(f"the batch has NaN or infinity in an input of shape {tuple(x.shape)}")
+
+
+def _is_mask(x: Tensor) -> Tensor:
+    """Whether a tensor is nothing but zeros and minus infinities: added to attention scores, it switches some off."""
+    return ((x == 0) | (x == -torch.inf)).all() & (x == 0).any()
 
 
 def _reinitialise(unit: Unit, options: Options, rehearsal: Rehearsal) -> None:
@@ -153,15 +158,17 @@ def _row(unit: Unit, options: Options) -> Row:
 def _status(unit: Unit, options: Options) -> str:
     if options.only_measures:
         return "unchanged"
-    if unit.after is None or not _reached(unit, unit.after, options):
+    if not _is_right(unit, options):
         return "not_converged"
     return "corrected" if unit.n_iter else "unchanged"
 
 
-def _reached(unit: Unit, after: Moments, options: Options) -> bool:
+def _is_right(unit: Unit, options: Options) -> bool:
+    if unit.after is None:
+        return False
     exact = not (unit.is_block or unit.is_shared)
     centred = unit.can_shift and not unit.reason.endswith("mean kept")
-    return is_right(after, options, (EXACT if exact else options.tol) + _rounding(unit), centred)
+    return is_right(unit.after, options, (EXACT if exact else options.tol) + _rounding(unit), centred)
 
 
 def _rounding(unit: Unit) -> float:

@@ -25,6 +25,8 @@ AFFINE_TYPES = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
 GAIN_TYPES = (
     nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU, nn.Embedding, nn.EmbeddingBag,
 )  # fmt: skip
+# Weights that meet what they have put out before, through nonlinear gates: no parameter carries the output's scale.
+RECURRENT_TYPES = (nn.RNNBase, nn.RNNCellBase)
 
 
 def is_known_affine(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from fastai_lsuv.hooks import hooked
 from fastai_lsuv.modules import (
     AFFINE_TYPES,
     GAIN_TYPES,
+    RECURRENT_TYPES,
     Choice,
     chosen,
     is_known_affine,
@@ -28,7 +29,9 @@ from fastai_lsuv.modules import (
 from fastai_lsuv.probe import Carriers, find_carriers, first_tensor, known_carriers, small_noise
 from fastai_lsuv.rehearsal import Rehearsal
 from fastai_lsuv.stats import Moments, fetched, moments
-from fastai_lsuv.units import Unit, exposed_shift, mark_frozen, mark_tied
+from fastai_lsuv.units import Unit, exposed_shift, mark_frozen, mark_starved, mark_tied
+
+_LISTED_TYPES = (*AFFINE_TYPES, *RECURRENT_TYPES)  # in the report in any case, with a reason if they are left alone
 
 
 def survey(rehearsal: Rehearsal, modules: Choice, exclude: Choice, per_channel: bool) -> list[Unit]:
@@ -44,6 +47,7 @@ def survey(rehearsal: Rehearsal, modules: Choice, exclude: Choice, per_channel: 
     units = list(watch.units())
     mark_frozen(units)
     mark_tied(rehearsal.model, units)
+    mark_starved(units)
     rehearsal.ranks.agree("what can be corrected", [_outline(unit) for unit in units])
     return units
 
@@ -71,6 +75,7 @@ class _Watch:
     known: dict[Any, tuple[list[Tensor], Carriers | None]] = field(default_factory=dict)
     moments: dict[nn.Module, Moments] = field(default_factory=dict)
     eps: dict[nn.Module, float] = field(default_factory=dict)
+    with_more_outputs: set[nn.Module] = field(default_factory=set)  # than the tensor that is measured
     last_output: Tensor | None = None  # a module that hands on what one inside it has put out is no layer of its own
 
     def __post_init__(self) -> None:
@@ -92,6 +97,8 @@ class _Watch:
             self.found[module] = None if handed_on else self._examine(module, (args, kwargs))
         if self._is_judged(module) and y is not None:
             self._measure(module, y)
+            if any(isinstance(o, Tensor) and o is not y for o in tree_leaves(output)):
+                self.with_more_outputs.add(module)
         self.last_output = y
 
     def _is_judged(self, module: nn.Module) -> bool:
@@ -99,7 +106,7 @@ class _Watch:
         return meant and module not in self.excluded and any_parameters(module)
 
     def _is_layer(self, module: nn.Module) -> bool:
-        return self.found.get(module) is not None or isinstance(module, AFFINE_TYPES)
+        return self.found.get(module) is not None or isinstance(module, _LISTED_TYPES)
 
     def _measure(self, module: nn.Module, y: Tensor) -> None:
         carriers = self._carriers(module)
@@ -116,7 +123,8 @@ class _Watch:
         if is_known_affine(module):
             return known_carriers(module)
         parameters = [p for p in self._own_parameters(module) if p.is_floating_point() and p.numel()]
-        if not parameters or (isinstance(module, GAIN_TYPES) and module not in self.wanted):
+        without = isinstance(module, RECURRENT_TYPES) or (isinstance(module, GAIN_TYPES) and module not in self.wanted)
+        if not parameters or without:
             return None
         alike = _signature(module, call)
         if alike is not None and alike in self.known:
@@ -166,7 +174,7 @@ class _Watch:
                     yield Unit(name, module, None, status="skipped", reason="scripted")
                 continue
             adopted = any(p in used for p in module.parameters(recurse=False))
-            if module in self.wanted or (self.modules is None and isinstance(module, AFFINE_TYPES) and not adopted):
+            if module in self.wanted or (self.modules is None and isinstance(module, _LISTED_TYPES) and not adopted):
                 carriers = known_carriers(module) if is_known_affine(module) else None
                 yield Unit(name, module, carriers, status="skipped", reason="never called")
 
@@ -188,15 +196,16 @@ class _Watch:
             module,
             self._carriers(module),
             n_calls=self.calls[module],
+            has_more_outputs=module in self.with_more_outputs,
             eps=self.eps[module],
             before=self.moments[module],
         )
-        if unit.carriers is None:
+        if isinstance(module, RECURRENT_TYPES):
+            unit.skip("recurrent weights")
+        elif unit.carriers is None:
             self._set_up_block(unit)
         if not unit.can_shift:
             unit.reason = unit.reason or "no bias, mean kept"
-        if not unit.status and self.moments[module].n < 2:
-            unit.skip("too few values")
         if self.per_channel and (unit.is_block or unit.carriers is None or unit.carriers.channel_dim is None):
             unit.skip("excluded by mode")
         return unit

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from fastai_lsuv.probe import Carriers
 from fastai_lsuv.stats import Moments
 
+TOO_FEW = "too few values"
+
 
 @dataclass(eq=False)
 class Unit:
@@ -26,6 +28,7 @@ class Unit:
     n_iter: int = 0
     ratio: float = 0.0  # |mean| / std of the output when it was corrected
     n_calls: int = 0
+    has_more_outputs: bool = False  # tensors beside the one that is measured
     eps: float = 0.0  # spacing of the output's dtype at 1
     before: Moments | None = None
     after: Moments | None = None
@@ -34,6 +37,10 @@ class Unit:
     def skip(self, reason: str) -> None:
         """Leave it as it is, for a reason."""
         self.status, self.reason, self.n_iter = "skipped", reason, 0
+
+    def reconsider(self) -> None:
+        """Correct it after all, if it gets more values than in the untouched network, as a detector's heads may."""
+        self.status, self.reason = "", "" if self.can_shift else "no bias, mean kept"
 
     @property
     def is_shared(self) -> bool:
@@ -95,6 +102,13 @@ def mark_frozen(units: list[Unit]) -> None:
     for unit in units:
         if not unit.status and not all(p.requires_grad for p in unit.parameters):
             unit.skip("frozen")
+
+
+def mark_starved(units: list[Unit]) -> None:
+    """Nothing can be said of a single value."""
+    for unit in units:
+        if not unit.status and unit.before is not None and unit.before.n < 2:
+            unit.skip(TOO_FEW)
 
 
 def mark_tied(model: nn.Module, units: list[Unit]) -> None:

@@ -53,11 +53,13 @@ class Record:
     def add(self, out):
         "Merge one call's output (Chan et al. 1979), in float64."
         out = first_tensor(out).detach().double()
+        self.n_calls += 1
+        if not out.numel(): return  # a head that was shown nothing
         n, mean = out.numel(), out.mean().item()
         m2 = (out - mean).square().sum().item()
         delta, total = mean - self.mean, self.n + n
         self.mean, self.m2 = self.mean + delta*n/total, self.m2 + m2 + delta*delta*self.n*n/total
-        self.n, self.n_calls = total, self.n_calls + 1
+        self.n = total
         self._add_channels(by_channel(self.module, out))
 
     def _add_channels(self, out):
@@ -110,9 +112,27 @@ def audit(model, batch, *, channels=True) -> list[Record]:
     return list(records.values())
 
 
+def n_calls(model, batch, modules) -> dict[nn.Module, int]:
+    "How often the forward of each of `modules` runs in a clean pass."
+    counts, handles = dict.fromkeys(modules, 0), []
+    if not counts: return counts
+
+    def watch(m):
+        def hook(m, args): counts[m] += 1
+        handles.append(m.register_forward_pre_hook(hook))
+
+    for m in counts: watch(m)
+    try:
+        with as_in_training(model): call(model, batch)
+    finally:
+        for h in handles: h.remove()
+    return counts
+
+
 def outputs_of(model, batch, names) -> dict[str, tuple[float, float]]:
     "(mean, std) of the first tensor that each named module gives out, over all its calls, in a clean pass."
     seen, handles = {}, []
+    if not names: return {}
 
     def watch(name):
         hook = lambda m, args, out: seen.setdefault(name, []).append(first_tensor(out).detach().double().flatten().clone())
@@ -128,8 +148,12 @@ def outputs_of(model, batch, names) -> dict[str, tuple[float, float]]:
 
 @contextmanager
 def as_in_training(model):
-    "Eval mode, norms with running statistics on the batch's own; flags, buffers and random streams as before afterwards."
+    """Eval mode, norms with running statistics on the batch's own, no fast path for inference.
+
+    Attributes (training flags, hidden states), buffers and random streams are as before afterwards."""
+    attributes = [(m, dict(vars(m))) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     flags = [(m, m.training) for m in model.modules()]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
     buffers = [(b, b.clone()) for b in model.buffers()]
     rng, handles = rng_state(), []
     model.eval()
@@ -137,9 +161,14 @@ def as_in_training(model):
         if isinstance(m, _NormBase) and m.running_mean is not None:
             handles.append(m.register_forward_pre_hook(_batch_statistics))
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad(): yield model
     finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
         for h in handles: h.remove()
+        for m, old in attributes:
+            for key in vars(m).keys() - old.keys(): delattr(m, key)
+            vars(m).update(old)
         for m, training in flags: m.training = training
         with torch.no_grad():
             for b, old in buffers: b.copy_(old)
