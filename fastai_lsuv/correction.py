@@ -108,7 +108,7 @@ class Correction:
             unit.ratio = ratio
             if unit.is_shared:
                 continue  # that was one call of several
-            if not_finite or (constant and not changed):
+            if not_finite or (constant and not unit.n_iter):
                 self.hopeless[unit] = "non-finite output" if not_finite else "constant output"
             elif constant:
                 unit.reason = "constant output"  # in some channels
@@ -137,9 +137,9 @@ class Correction:
         """
         if self._take_back_nonlinear():
             return True
-        exact = [unit for unit in missed if not (unit.status or unit.is_block or unit.is_shared)]
-        self.n_polished += bool(exact)
-        return bool(exact) and self.n_polished <= _MOST_POLISHED
+        rounded = any(not (u.status or u.is_block or u.is_shared) and _is_scalable(u.after) for u in missed)
+        self.n_polished += rounded
+        return rounded and self.n_polished <= _MOST_POLISHED
 
     def _take_back_nonlinear(self) -> bool:
         """Take back layers that one step didn't put right, so that they count as blocks; returns whether there are any.
@@ -225,6 +225,10 @@ class Correction:
 def _runs_again(unit: Unit) -> bool:
     """Whether only another run of the unit alone can tell what it puts out when it has been corrected."""
     return (unit.is_block and not unit.is_shared) or unit.has_more_outputs
+
+
+def _is_scalable(seen: Moments | None) -> bool:
+    return seen is not None and not _hopeless(seen)
 
 
 def _hopeless(seen: Moments) -> str:
