@@ -192,6 +192,7 @@ class _Watch:
         )
         if unit.carriers is None:
             self._set_up_block(unit)
+        unit.is_first = (unit.layer or module) is next((m for m in self.order if self._is_layer(m)), None)
         if not unit.can_shift:
             unit.reason = unit.reason or "no bias, mean kept"
         if not unit.status and self.moments[module].n < 2:

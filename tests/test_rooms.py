@@ -9,7 +9,7 @@ import pytest
 import fastai_lsuv
 
 PACKAGE = Path(fastai_lsuv.__file__).parent
-ORDER = ['errors', 'stats', 'ranks', 'modules', 'options', 'probe', 'hooks', 'rehearsal', 'units', 'survey', 'solver', 'step', 'block', 'correction',
+ORDER = ['errors', 'stats', 'ranks', 'modules', 'options', 'init', 'probe', 'hooks', 'rehearsal', 'units', 'survey', 'solver', 'step', 'block', 'correction',
          'plots', 'report', 'lsuv', 'evidence', 'effects', 'replay', 'batch', 'callback', 'demo']
 NO_FASTAI = [*ORDER[:ORDER.index('correction') + 1], 'lsuv']
 ROOMS = sorted(p.stem for p in PACKAGE.glob('*.py') if not p.stem.startswith('__'))
