@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-__all__ = ["delta_orthogonal_", "looks_linear_"]
+__all__ = ["critical_std", "delta_orthogonal_", "looks_linear_"]
 
 
 def delta_orthogonal_(
@@ -73,6 +74,47 @@ def looks_linear_(
         core = torch.cat([v, -v, v.new_zeros(half, n_in % 2)], 1)
     mirrored = torch.cat([core[: n_out // 2], -core[: n_out // 2], core[n_out // 2 :]])
     return _fill(tensor, [mirrored.T if transposed else mirrored], gain)
+
+
+def critical_std(
+    act: Callable[[Tensor], Tensor],  # elementwise activation, `torch.tanh` or `nn.Sigmoid()`
+    depth: int,  # number of layers
+) -> float:  # at most 1
+    """The `std` for `LSUVCallback(init=looks_linear_, std=…)`: small enough for gradients to pass through `depth` layers.
+
+    In a mirrored network a pair of channels sees the odd function ψ(z) = φ(z) - φ(-z) of a roughly Gaussian z of
+    standard deviation s. LSUV holds s the same in every layer, so that the variance of gradients and the distance of
+    near-by inputs grow in each layer by χ = s² E[ψ'²] / E[ψ²] (mean field theory: Poole et al. 2016, arXiv:1606.05340;
+    Schoenholz et al. 2017, arXiv:1611.01232). By Poincaré's inequality χ ≥ 1, and χ = 1 only where ψ is linear: for
+    ReLU, leaky ReLU, GELU and SiLU at any s, for tanh and sigmoid the better, the smaller s. The result is the largest
+    s ≤ 1 at which χ^depth ≤ e; for tanh about (3 / (4 depth))^(1/4).
+
+    Raises:
+        ValueError: depth below 1, or an activation without an odd part (|z|, z²), which mirrored weights cancel.
+    """
+    if depth < 1:
+        raise ValueError(f"depth={depth!r}: expected a whole number of at least 1")
+    z = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    density = torch.exp(-z.square() / 2)
+
+    def growth(s: float) -> float:
+        """Of the variance of gradients, from the last layer to the first, as a logarithm."""
+        x = (s * z).requires_grad_()
+        with torch.enable_grad():
+            psi = act(x) - act(-x)
+            (slope,) = torch.autograd.grad(psi.sum(), x)
+        ratio = s**2 * (slope.square() * density).sum() / (psi.detach().square() * density).sum()
+        if not ratio.isfinite():
+            raise ValueError(f"act={act!r}: expected an activation with an odd part, φ(z) - φ(-z) not zero")
+        return depth * math.log(ratio)
+
+    low, high = 1e-3, 1.0
+    if growth(high) <= 1:
+        return high
+    for _ in range(50):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if growth(middle) <= 1 else (low, middle)
+    return low
 
 
 def for_layer(init: Callable[..., Any], layer: nn.Module, first: bool) -> Callable[[Tensor], Any]:
