@@ -80,7 +80,7 @@ def critical_std(
     act: Callable[[Tensor], Tensor],  # elementwise activation, `torch.tanh` or `nn.Sigmoid()`
     depth: int,  # number of layers
 ) -> float:  # at most 1
-    """The `std` for `LSUVCallback(init=looks_linear_, std=…)`: small enough for gradients to pass through `depth` layers.
+    """The `std` for `LSUVCallback(init=looks_linear_, std=…)` with which gradients pass through `depth` layers.
 
     In a mirrored network a pair of channels sees the odd function ψ(z) = φ(z) - φ(-z) of a roughly Gaussian z of
     standard deviation s. LSUV holds s the same in every layer, so that the variance of gradients and the distance of
@@ -101,10 +101,10 @@ def critical_std(
         """Of the variance of gradients, from the last layer to the first, as a logarithm."""
         x = (s * z).requires_grad_()
         with torch.enable_grad():
-            psi = act(x) - act(-x)
+            psi = act(x * 1) - act(-x)  # not a leaf, for activations that work in place
             (slope,) = torch.autograd.grad(psi.sum(), x)
         ratio = s**2 * (slope.square() * density).sum() / (psi.detach().square() * density).sum()
-        if not ratio.isfinite():
+        if not 0 < ratio < math.inf:
             raise ValueError(f"act={act!r}: expected an activation with an odd part, φ(z) - φ(-z) not zero")
         return depth * math.log(ratio)
 

@@ -11,7 +11,6 @@ import argparse
 import csv
 import time
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, astuple, dataclass, fields
 from functools import cache, partial
@@ -138,8 +137,6 @@ def batches():
 
 def train(run):
     "The run's validation accuracy, steps and seconds."
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
     dls, start = batches(), time.perf_counter()
     set_seed(run.seed)
     model = NETS[run.net]() if run.net in NETS else thin_cnn(run.net, run.depth, run.width)
@@ -147,6 +144,12 @@ def train(run):
     learn = Learner(dls, model, loss_func=nn.CrossEntropyLoss(), metrics=accuracy, cbs=[count, *initialise(model, run)])
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(run.epochs, run.lr)
     return dict(accuracy=learn.recorder.values[-1][-1], steps=count.steps, seconds=round(time.perf_counter() - start, 1))
+
+
+def settle():
+    "A process of the study: one thread, and no word on what loss and accuracy show anyway."
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
 
 # --- all runs ---------------------------------------------------------------------------------------------------------------
 
@@ -192,7 +195,7 @@ def study(full=False, workers=2):
     print(f"{len(todo)} runs to make, about {estimate(todo) / 60 / workers:.0f} minutes with {workers} processes "
           f"(all that the full study lacks: {estimate(remaining(True)) / 60 / workers:.0f} minutes)")
     new = not CSV.exists()
-    with CSV.open("a", newline="") as file, ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with CSV.open("a", newline="") as file, ProcessPoolExecutor(workers, get_context("spawn"), settle) as pool:
         out = csv.writer(file)
         if new: out.writerow([*(f.name for f in fields(Run)), "accuracy", "steps", "seconds"])
         futures = {pool.submit(train, run): run for run in todo}

@@ -13,7 +13,7 @@ from models import images, mlp, rows
 from torch import nn
 
 from fastai_lsuv import lsuv_
-from fastai_lsuv.init import delta_orthogonal_, looks_linear_
+from fastai_lsuv.init import critical_std, delta_orthogonal_, looks_linear_
 
 TRY = settings(deadline=None, max_examples=60, derandomize=True, suppress_health_check=list(HealthCheck))
 INITS = delta_orthogonal_, looks_linear_
@@ -232,3 +232,50 @@ def test_on_timm_s_models(init, name):
 
 def test_they_take_what_torch_s_take():
     for init in INITS: assert {'tensor', 'gain', 'generator'} <= set(inspect.signature(init).parameters) & {*inspect.signature(nn.init.orthogonal_).parameters}
+
+
+# --- the std for a depth --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('act', [torch.relu, nn.ReLU(inplace=True), nn.LeakyReLU(1 / 3), nn.GELU(), nn.SiLU(), nn.Softplus(), nn.Identity()], ids=str)
+def test_any_std_does_where_the_odd_part_is_linear(act): assert critical_std(act, 5) == critical_std(act, 10_000) == 1
+
+
+@pytest.mark.parametrize('depth', [1000, 10_000])
+def test_critical_std_of_tanh_is_that_of_the_series(depth):
+    "s² E[ψ'²] / E[ψ²] = 1 + 4/3 s⁴ + … for tanh; and a sigmoid is half a tanh of half its input."
+    assert critical_std(torch.tanh, depth) == pytest.approx((3 / 4 / depth)**.25, rel=.05)
+    assert critical_std(torch.sigmoid, depth) == pytest.approx(2 * critical_std(torch.tanh, depth), rel=1e-6)
+
+
+def test_critical_std_falls_with_depth():
+    stds = [critical_std(torch.tanh, depth) for depth in (1, 3, 10, 30, 100, 300, 1000)]
+    assert stds[0] == 1 and stds[1:] == sorted(stds[1:], reverse=True) and len(set(stds[1:])) == 6
+
+
+@pytest.mark.parametrize('act', [nn.Tanh(), nn.Sigmoid()], ids=str)
+def test_gradients_pass_through_at_the_critical_std_and_explode_at_1(act):
+    "What it promises, in a real network: from the last layer to the first the gradient's variance grows e-fold at most, or little more."
+    depth, width = 60, 128
+    def growth(std):
+        net = nn.Sequential(*(m for _ in range(depth) for m in (nn.Linear(width, width), act)))
+        x = torch.randn(64, width)
+        lsuv_(net, x, init=looks_linear_, std=std)
+        zs = []
+        for m in net:
+            x = m(x)
+            if isinstance(m, nn.Linear): x.retain_grad(); zs.append(x)
+        (x * torch.randn_like(x)).sum().backward()
+        return (zs[0].grad.square().mean() / zs[-1].grad.square().mean()).item()
+    assert 1 / 2 < growth(critical_std(act, depth)) < 2 * torch.e
+    assert growth(4.) > 100
+
+
+@pytest.mark.parametrize('act', [torch.abs, torch.square, torch.sign, lambda z: z * torch.inf])
+def test_critical_std_refuses_what_mirroring_cancels(act):
+    with pytest.raises(ValueError, match='odd part'): critical_std(act, 10)
+
+
+@pytest.mark.parametrize('depth', [0, -3])
+def test_critical_std_refuses_impossible_depths(depth):
+    with pytest.raises(ValueError, match=f'depth={depth}'): critical_std(torch.tanh, depth)
