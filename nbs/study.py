@@ -89,6 +89,7 @@ LSUV = {
     "LSUV mirrored": dict(init=looks_linear_),  # and std=critical_std(act, depth)
 }
 INITS = ["default", *CLASSICAL, *LSUV]
+STDS = {f"LSUV mirrored, std {std:g}": dict(init=looks_linear_, std=std) for std in [.05, .1, .2, .5, 1, 2]}
 
 
 def initialise(model, run):
@@ -98,9 +99,10 @@ def initialise(model, run):
             if isinstance(m, (nn.Conv2d, nn.Linear)):
                 CLASSICAL[run.init](m.weight)
                 if m.bias is not None: nn.init.zeros_(m.bias)
-    if run.init not in LSUV: return []
-    std = critical_std(ACTS[run.net], run.depth) if run.init == "LSUV mirrored" and run.net in list(ACTS)[1:] else 1.
-    return [LSUVCallback(verbose=False, std=std, **LSUV[run.init])]
+    options = (LSUV | STDS).get(run.init)
+    if run.init == "LSUV mirrored" and run.net in ACTS and run.net != "maxout":  # of which a mirrored pair is linear
+        options = options | dict(std=critical_std(ACTS[run.net], run.depth))
+    return [LSUVCallback(verbose=False, **options)] if options is not None else []
 
 # --- one run ----------------------------------------------------------------------------------------------------------------
 
@@ -164,6 +166,8 @@ def runs(full=False):
         yield from (Run("norms", n, 0, 0, i, lr, 5, seed) for i, lr, n in product(inits, lrs, NETS))
         acts, inits = (ACTS, INITS) if full else (["relu", "tanh"], ["default", "LSUV (paper)", "LSUV", "LSUV mirrored"])
         yield from (Run("depth", a, d, 16, i, 1e-3, 5, seed) for d, a, i in product([5, 50, 100], acts, inits))
+        yield from (Run("std", "tanh", 100, 16, i, lr, 5, seed) for i, lr in product(["LSUV mirrored", *STDS], [3e-4, 1e-3] if full else [1e-3]))
+        if full and seed == 0: yield Run("deep", "relu", 10_000, 16, "LSUV mirrored", 1e-5, 2, seed)
 
 
 def deep(full):
@@ -208,7 +212,7 @@ def study(full=False, workers=2):
 
 def tidy(df):
     "In the order of the study, for tables."
-    orders = dict(net=[*ACTS, *NETS], init=INITS)
+    orders = dict(net=[*ACTS, *NETS], init=[*INITS, *STDS])
     return df.assign(**{c: pd.Categorical(df[c], [v for v in o if v in set(df[c])]) for c, o in orders.items()})
 
 
@@ -262,6 +266,29 @@ def depth_runs(df):
     return pd.concat([chosen, df[(df.part == "table") & df.net.isin(chosen.net) & df.init.isin(chosen.init)]])
 
 
+def tables():
+    "The README's three, as Markdown: plain networks, normalised ones, deep ones. Medians over the seeds; in brackets lowest and highest."
+    df = tidy(read())
+    plain = best(df[df.part == "table"])["median"].unstack("net")
+    found = best(df[df.part == "norms"])
+    others = spread(found).unstack("net").drop(index="LSUV (paper)", errors="ignore")
+    groups = df[df.part == "deep"].groupby(["net", "depth", "width", "lr", "epochs"], observed=True)
+    deeper = groups.accuracy.agg(median="median", low="min", high="max", runs="size").reset_index()
+    deeper = deeper.assign(accuracy=spread(deeper), lr=deeper.lr.map("{:g}".format)).drop(columns=["median", "low", "high"]).set_index("net")
+    return [markdown(plain.map(two_digits), "17 plain layers"), markdown(others, "accuracy"), markdown(deeper, "activation")]
+
+
+def two_digits(x): return f"{x:.2f}".lstrip("0")
+
+
+def spread(df): return df["median"].map("{:.3f}".format) + " (" + df.low.map("{:.3f}".format) + "–" + df.high.map("{:.3f}".format) + ")"
+
+
+def markdown(table, corner):
+    rows = [[corner, *table.columns], ["---"] * (table.shape[1] + 1), *([name, *row] for name, row in zip(table.index, table.to_numpy()))]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+
+
 def figures():
     df = read()
     plot_table(df[df.part == "table"]).savefig(HERE / "study_table.png", dpi=100)
@@ -275,7 +302,7 @@ def main():
     args = parser.parse_args()
     study(args.full, args.workers)
     figures()
-    print(best(read().query("part == 'table'"))["median"].unstack("net").to_string(float_format="{:.2f}".format))
+    print(*tables(), sep="\n\n")
 
 
 if __name__ == "__main__": main()

@@ -72,3 +72,19 @@ def test_figures():
     assert [t.get_text() for t in ax.get_yticklabels()] == ['default', 'LSUV'] and [t.get_text() for t in ax.texts] == ['.50', '.80']
     (ax,) = study.plot_depth(df).axes
     assert ax.get_title() == 'relu'
+
+
+@pytest.mark.parametrize('table', study.tables(), ids=['plain', 'norms', 'deep'])
+def test_the_readme_s_tables_are_what_the_study_prints(table): assert table in (study.HERE.parent / 'README.md').read_text(encoding='utf-8')
+
+
+@pytest.mark.parametrize('act, depth', [('sigmoid', 17), ('relu', 100), ('leaky 1/3', 100), ('tanh', 100)])
+def test_the_recorded_depths_hold_for_every_seed(act, depth):
+    runs = study.read().query('part == "deep" and net == @act and depth == @depth')
+    assert len(runs) >= 3 and runs.accuracy.min() >= (.9 if act == 'sigmoid' else .95)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('act', ['relu', 'tanh'])
+def test_a_hundred_plain_layers_train(act):
+    assert study.train(study.Run('deep', act, 100, 16, 'LSUV mirrored', 1e-3, 2, 3))['accuracy'] > .8
