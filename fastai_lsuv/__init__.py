@@ -5,6 +5,7 @@ The rooms, each built on those above it only:
     stats        moments of a tensor
     modules      which modules a user means
     options      what can be asked for
+    init         initialisers for very deep plain networks
     probe        which parameters carry a module's scale and shift
     hooks        forward hooks that always go away; a context for one call
     rehearsal    a forward pass as training will see it, everything restored

@@ -16,6 +16,7 @@ from fastai_lsuv.block import is_right
 from fastai_lsuv.correction import Correction
 from fastai_lsuv.errors import add_to_message
 from fastai_lsuv.hooks import hooked
+from fastai_lsuv.init import for_layer
 from fastai_lsuv.modules import Choice
 from fastai_lsuv.options import Options
 from fastai_lsuv.probe import first_tensor
@@ -40,7 +41,7 @@ def lsuv_(
     per_channel: bool = False,  # each output channel by itself (Krähenbühl et al. 2016, arXiv:1511.06856)
     modules: Choice = None,  # which units: `None` = all affine layers; types, names with wildcards, modules, a function
     exclude: Choice = None,  # the same forms, taken away from `modules` with everything beneath them
-    init: Callable[[Tensor], Any] | None = None,  # in-place initialiser of each chosen weight first, biases are zeroed
+    init: Callable[..., Any] | None = None,  # in-place initialiser of each chosen weight first, biases are zeroed
     tol: float = 1e-3,  # for blocks and shared layers, where one exact step is impossible
     max_iter: int = 10,  # steps at most, for the same
 ) -> LSUVReport:  # a row for each unit, in execution order: moments before and after, status, reason
@@ -104,6 +105,7 @@ def _reinitialise(unit: Unit, options: Options, rehearsal: Rehearsal) -> None:
     if options.init is None or unit.status or unit.carriers is None:
         return
     undo = rehearsal.undo
+    init = for_layer(options.init, unit.layer or unit.module, unit.is_first)
     with torch.no_grad():
         for weight in unit.carriers.matrices:
             if weight.count_nonzero():  # zeros are there on purpose
@@ -111,7 +113,7 @@ def _reinitialise(unit: Unit, options: Options, rehearsal: Rehearsal) -> None:
                 wide = torch.promote_types(weight.dtype, torch.float32)
                 fresh = weight.detach().to(wide, memory_format=torch.contiguous_format, copy=True)
                 try:
-                    options.init(fresh)
+                    init(fresh)
                 except Exception as error:
                     name = getattr(options.init, "__name__", repr(options.init))
                     add_to_message(error, f"in init={name} on a weight of {unit.name!r}, shape {tuple(weight.shape)}")

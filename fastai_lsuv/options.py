@@ -9,8 +9,6 @@ from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
 
-from torch import Tensor
-
 from fastai_lsuv.modules import Choice
 
 
@@ -23,7 +21,7 @@ class Options:
     per_channel: bool = False
     modules: Choice = None
     exclude: Choice = None
-    init: Callable[[Tensor], Any] | None = None
+    init: Callable[..., Any] | None = None
     tol: float = 1e-3
     max_iter: int = 10
 

@@ -204,6 +204,7 @@ class _Watch:
             unit.skip("recurrent weights")
         elif unit.carriers is None:
             self._set_up_block(unit)
+        unit.is_first = (unit.layer or module) is next((m for m in self.order if self._is_layer(m)), None)
         if not unit.can_shift:
             unit.reason = unit.reason or "no bias, mean kept"
         if self.per_channel and (unit.is_block or unit.carriers is None or unit.carriers.channel_dim is None):

@@ -27,6 +27,7 @@ class Unit:
     status: str = ""
     n_iter: int = 0
     ratio: float = 0.0  # |mean| / std of the output when it was corrected
+    is_first: bool = False  # no other layer has run before it: it sees the data
     n_calls: int = 0
     has_more_outputs: bool = False  # tensors beside the one that is measured
     eps: float = 0.0  # spacing of the output's dtype at 1
