@@ -234,9 +234,11 @@ def area(df):
 
 
 def heatmap(ax, table, title):
-    ax.imshow(table, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    ax.imshow(table, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     ax.set(xticks=range(table.shape[1]), yticks=range(table.shape[0]), xticklabels=table.columns, yticklabels=table.index, title=title)
-    for i, j in np.ndindex(*table.shape): ax.text(j, i, f"{table.iloc[i, j]:.2f}".lstrip("0"), ha="center", va="center")
+    for i, j in np.ndindex(*table.shape):
+        value = table.iloc[i, j]
+        ax.text(j, i, f"{value:.2f}".lstrip("0"), ha="center", va="center", color="white" if value < .5 else "black")
 
 
 def plot_table(df):
