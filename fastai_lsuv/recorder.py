@@ -108,7 +108,7 @@ class ActivationStatsRecorder(Reading, Callback):
         if (self._steps if self.training else self.iter) % self.every == 0:
             layers = [module for layer in self._layers if (module := layer()) is not None]  # all: they are the model's
             self._capture = Capture(len(layers), self.with_grad)
-            self._call = NextCall(self.learn.model, partial(self._capture.watching, layers))
+            self._call = NextCall(self.learn.model, partial(self._capture.watch, self.learn.model, layers))
 
     def after_loss(self) -> None:
         """Note the loss before it is scaled for mixed precision."""
