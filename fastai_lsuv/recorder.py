@@ -22,6 +22,7 @@ from fastai_lsuv.logs import CSVLog, logs_to_wandb, to_tensorboard, to_wandb
 from fastai_lsuv.loop import came_through_fit, phase_of_batch
 from fastai_lsuv.modules import Choice, chosen, layers_and_activations, without
 from fastai_lsuv.reading import Reading
+from fastai_lsuv.rehearsal import RandomState
 
 
 class ActivationStatsRecorder(Reading, Callback):
@@ -90,7 +91,9 @@ class ActivationStatsRecorder(Reading, Callback):
         if not came_through_fit(learn) or learn._grab_cbs(LRFinder) or rank_distrib():
             return
         model = _unwrapped(learn.model)
+        random_state = RandomState()  # a module that draws numbers may be tried: is it an activation?
         picked = layers_and_activations(model) if self.modules is None else chosen(model, self.modules)
+        random_state.restore()
         names = {module: name.replace("_orig_mod.", "") for name, module in model.named_modules()}  # compiled parts
         layers = sorted(without(model, picked, self.exclude), key=list(names).index)
         if self.fname is not None and self._csv is None:

@@ -172,14 +172,15 @@ def describe(
     """
     rows = samples.flatten(1)
     values = rows.shape[1]
-    mean = rows.mean(1)
-    norm = torch.linalg.vector_norm(rows - mean[:, None], dim=1)
-    std = norm / math.sqrt(values - 1) if values > 1 else norm * math.nan
     few = rows[:, :: _distance(n, values / FEW)]
     size = few.abs()
     near = _share(size <= near_zero)
     size = size[:, :: _distance(n, size.shape[1] / FEWER)]
     low, high = size.aminmax(dim=1, keepdim=True)
+    mean = rows.mean(1)
+    scale = torch.where((high > 0) & high.isfinite(), high, 1.0)  # squares of tiny and huge values are no float32
+    norm = torch.linalg.vector_norm((rows - mean[:, None]).div_(scale), dim=1) * scale[:, 0]
+    std = norm / math.sqrt(values - 1) if values > 1 else norm * math.nan
     at_limit = _share(size >= high - _LIMIT * (high - low)) if values >= _MANY else torch.zeros_like(mean)
     sparsity = _share(size <= _SPARSE * std.nan_to_num(0.0)[:, None])
     features = torch.stack([mean, std, near, sparsity, at_limit, _signal(samples) / std], 1)

@@ -204,7 +204,7 @@ def test_modules_that_are_not_called():
     assert_as_seen(rec, seen)
     assert [*records(rec)[1]] == ['b']
     assert rec.hist('never').shape[0] == rec.hist('a').shape[0] and len(rec.summary()) in (2, 3)
-    for name in ('never', 'b'): rec.layer_stats(name), rec.color_dim(name)
+    for name in ('never', 'b'): rec.layer_stats(name), rec.color_dim(name), rec.plot_layer_stats(name)
     rec.plot_stats(), rec.color_dim(), rec.dead_chart()
 
 

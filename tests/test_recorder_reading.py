@@ -223,7 +223,7 @@ def test_figures(plot, n, tmp_path):
     assert made is not None and isinstance(fig, Figure)
     if plot in ('plot_stats', 'color_dim', 'dead_chart'): assert isinstance(made, Figure)
     assert dict(matplotlib.rcParams) == rc and plt.get_fignums() == numbers
-    fig.savefig(tmp_path/'figure.png')
+    fig.savefig(tmp_path/'figure.png', dpi=40)
     assert (tmp_path/'figure.png').stat().st_size > 2000
     width, height = fig.get_size_inches()
     assert width <= 20 and height <= 40
