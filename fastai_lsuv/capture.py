@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -33,13 +32,17 @@ class Capture:
         self.outputs: Samples = []
         self.gradients: Samples = []
 
-    @contextmanager
-    def watching(self, layers: Sequence[nn.Module]) -> Iterator[None]:
-        """Hooks on the layers for the length of a `with` block, in which a compiled model runs as a plain one."""
+    def watch(
+        self, model: nn.Module, layers: Sequence[nn.Module], forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run the model's forward with hooks on the layers; a compiled model runs as a plain one."""
         hooks = {layer: partial(self._see, i) for i, layer in enumerate(layers)}
         with eagerly(), hooked(hooks):
-            yield
+            output = forward(*args, **kwargs)
+        if model in hooks:  # its own hooks run after its forward, when these are gone
+            hooks[model](model, args, kwargs, output)
         self.complete = True
+        return output
 
     def _see(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         y = first_tensor(output)

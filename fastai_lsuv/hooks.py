@@ -36,19 +36,18 @@ def hooked(
 
 
 class NextCall:
-    """A context in which the next forward of a module will run, and no later one.
+    """What runs the next forward of a module, and no later one: `around(forward, *args, **kwargs)`.
 
-    Entered within the call and left with it, so that an exception or interrupt in the forward leaves nothing behind.
+    It is gone as soon as that begins, so that an exception or interrupt in the forward leaves nothing behind.
     """
 
-    def __init__(self, module: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> None:
+    def __init__(self, module: nn.Module, around: Callable[..., Any]) -> None:
         self._module, forward = ref(module), module.forward
 
         @wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
             self.cancel()
-            with context():
-                return forward(*args, **kwargs)
+            return around(forward, *args, **kwargs)
 
         # a module with `compile()` called on it would call compiled code instead of its forward
         self._instead = {"forward": run, "_compiled_call_impl": None}

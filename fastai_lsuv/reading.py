@@ -50,13 +50,13 @@ class Reading:
     @property
     def stats(self) -> L:
         """A record's layers' statistics, as `stats[record][layer]["std"]`: an `L` of `L`s of dictionaries."""
-        mean, std, near_zero = self._series()
+        mean, std, near_zero = (column.tolist() for column in self._series())
         hists = torch.from_numpy(self._values("hist")) if self.with_hist else None
         return L(
             L(
-                {"mean": mean[i, j], "std": std[i, j], "near_zero": near_zero[i, j]}
+                {"mean": mean[i][j], "std": std[i][j], "near_zero": near_zero[i][j]}
                 | ({} if hists is None else {"hist": hists[i, j]})
-                for j in range(mean.shape[1])
+                for j in range(len(self.layer_names))
             )
             for i in range(len(mean))
         )

@@ -22,16 +22,17 @@ from fastai_lsuv.logs import CSVLog, logs_to_wandb, to_tensorboard, to_wandb
 from fastai_lsuv.loop import came_through_fit, phase_of_batch
 from fastai_lsuv.modules import Choice, chosen, layers_and_activations, without
 from fastai_lsuv.reading import Reading
+from fastai_lsuv.rehearsal import RandomState
 
 
 class ActivationStatsRecorder(Reading, Callback):
     """Record statistics of the layers' outputs during training, of one history over several fits.
 
     Of each recorded batch and layer: mean and std of the output, and the share of it that is near zero. Nothing in
-    training changes, to the bit. A hook copies a sample of the output (`fastai_lsuv.sampling.SAMPLE` values, evenly
-    spread: mean and std are within 2 % of the std; all values of smaller outputs) and waits for nothing. Of it, shares
-    and histograms count 4,096 values at most. What the samples show leaves the device in bulk. A compiled model runs
-    uncompiled in the batches that are recorded.
+    training changes, to the bit. A hook copies a sample of the output (about `fastai_lsuv.sampling.SAMPLE` values,
+    evenly spread: mean and std are within 2 % of the std; all values of smaller outputs) and waits for nothing. Of it,
+    shares and histograms count about 4,096 values. What the samples show leaves the device in bulk. A compiled model
+    runs uncompiled in the batches that are recorded.
 
     Raises:
         ValueError: `every` or `max_records` below 1, `near_zero` below 0; when a fit starts, names that match nothing
@@ -90,7 +91,9 @@ class ActivationStatsRecorder(Reading, Callback):
         if not came_through_fit(learn) or learn._grab_cbs(LRFinder) or rank_distrib():
             return
         model = _unwrapped(learn.model)
+        random_state = RandomState()  # a module that draws numbers may be tried: is it an activation?
         picked = layers_and_activations(model) if self.modules is None else chosen(model, self.modules)
+        random_state.restore()
         names = {module: name.replace("_orig_mod.", "") for name, module in model.named_modules()}  # compiled parts
         layers = sorted(without(model, picked, self.exclude), key=list(names).index)
         if self.fname is not None and self._csv is None:
@@ -108,7 +111,7 @@ class ActivationStatsRecorder(Reading, Callback):
         if (self._steps if self.training else self.iter) % self.every == 0:
             layers = [module for layer in self._layers if (module := layer()) is not None]  # all: they are the model's
             self._capture = Capture(len(layers), self.with_grad)
-            self._call = NextCall(self.learn.model, partial(self._capture.watching, layers))
+            self._call = NextCall(self.learn.model, partial(self._capture.watch, self.learn.model, layers))
 
     def after_loss(self) -> None:
         """Note the loss before it is scaled for mixed precision."""

@@ -10,9 +10,9 @@ from torch import Tensor
 from fastai_lsuv.stats import in_memory_order
 
 # A sample of a large output: mean and std are then within 2 % of the std, for a cost that doesn't grow with the output.
-SAMPLE = 2**15  # values at most
-FEW = 2**12  # of these, at most, for the share near zero and a histogram
-FEWER = 2**10  # of those, at most, for what only a verdict is made from
+SAMPLE = 2**15  # values, or somewhat more or less
+FEW = 2**12  # of these, or so, for the share near zero and a histogram
+FEWER = 2**10  # of those, or so, for what only a verdict is made from
 HIST_BINS, HIST_RANGE = 40, (0.0, 10.0)  # as in fastai's `ActivationStats`: `histc(40, 0, 10)`
 FEATURES = ("mean", "std", "near_zero", "sparsity", "at_limit", "signal")  # see `describe`
 _SPARSE = 0.05  # of the std: nearer to 0 than this is nothing beside the rest
@@ -21,7 +21,7 @@ _MANY = 100  # of fewer values some are always near their limit
 
 
 def sample(x: Tensor, size: int = SAMPLE) -> Tensor:
-    """A copy of up to `size` values of `x` in fp32, spread evenly over all of it: all values if there are no more.
+    """A copy of about `size` values of `x` in fp32, spread evenly over all of it: all values if there are no more.
 
     Its first dimension is that of the batch, or has two halves of the same places in both halves of the batch, so that
     the samples in it can be compared; it has one, if the size of a large batch is odd.
@@ -38,15 +38,20 @@ def sample(x: Tensor, size: int = SAMPLE) -> Tensor:
     return x.to(torch.float32, copy=True)
 
 
-def _distance(n: int, at_least: float) -> int:
+def _distance(n: int, wanted: float) -> int:
     """A distance between sampled values of `n` that has no divisor in common with `n`, hence none with any dimension.
 
-    A power of two would see the border columns of a map, or some of the channels, and no others.
+    A power of two would see the border columns of a map, or some of the channels, and no others. It is the next that is
+    not below `wanted`; or the next below, if that would leave less than two thirds of the values and this not too many.
     """
-    distance = max(math.ceil(at_least), 1)
-    while math.gcd(distance, n) > 1:
-        distance += 1
-    return distance
+    above = below = max(math.ceil(wanted), 1)
+    while math.gcd(above, n) > 1:
+        above += 1
+    if above <= 1.5 * max(wanted, 1):
+        return above
+    while math.gcd(below, n) > 1:
+        below -= 1
+    return below if wanted <= 4 * below else above
 
 
 def describe(
@@ -64,14 +69,15 @@ def describe(
     """
     rows = samples.reshape(len(samples), -1)
     values = rows.shape[1]
-    mean = rows.mean(1)
-    norm = torch.linalg.vector_norm(rows - mean[:, None], dim=1)
-    std = norm / math.sqrt(values - 1) if values > 1 else norm * math.nan
     few = rows[:, :: _distance(n, values / FEW)]
     size = few.abs()
     near = _share(size <= near_zero)
     size = size[:, :: _distance(n, size.shape[1] / FEWER)]
     low, high = size.aminmax(dim=1, keepdim=True)
+    mean = rows.mean(1)
+    scale = torch.where((high > 0) & high.isfinite(), high, 1.0)  # squares of tiny and huge values are no float32
+    norm = torch.linalg.vector_norm((rows - mean[:, None]).div_(scale), dim=1) * scale[:, 0]
+    std = norm / math.sqrt(values - 1) if values > 1 else norm * math.nan
     at_limit = _share(size >= high - _LIMIT * (high - low)) if values >= _MANY else torch.zeros_like(mean)
     sparsity = _share(size <= _SPARSE * std.nan_to_num(0.0)[:, None])
     features = torch.stack([mean, std, near, sparsity, at_limit, _signal(samples) / std], 1)

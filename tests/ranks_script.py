@@ -5,6 +5,7 @@ import os
 import random
 import traceback
 from contextlib import redirect_stdout
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from fastai.learner import Learner
 from models import Picky, Shared, Stumble
 from torch import nn
 
-from fastai_lsuv import LSUVCallback, lsuv_
+from fastai_lsuv import ActivationStatsRecorder, LSUVCallback, lsuv_
 
 
 def main(job, rank, port, folder, options):
@@ -169,6 +170,21 @@ def fine_tune(rank):
     learn = learner(rank, net, splitter=lambda m: [list(m[:2].parameters()), list(m[2].parameters())])
     with together(learn): learn.fine_tune(1, cbs=LSUVCallback)
     return {'rows': rows(learn), 'after': state(net)}
+
+
+def recorded(rank, folder):
+    "Two epochs together and one alone, with a recorder; what the first forward put out."
+    net, outputs = MODELS['norms'](), {}
+    def note(name, m, args, out): outputs.setdefault(name, (out.mean().item(), out.std().item()))
+    handles = [m.register_forward_hook(partial(note, name), prepend=True) for name, m in net.named_modules()]
+    rec = ActivationStatsRecorder(modules=nn.Conv2d, fname=folder/'log.csv', with_grad=True)
+    learn = learner(rank, net, cbs=rec)
+    with together(learn): learn.fit(2)
+    for handle in handles: handle.remove()
+    both = {'frame': rec.to_frame(), 'layers': rec.layer_names, 'outputs': outputs, 'log': (folder/'log.csv').read_text() if rank == 0 else '', 'end': state(net),
+            'hooks': sum(len(m._forward_hooks) for m in net.modules())}
+    dist.barrier()
+    return both
 
 
 def alone(rank):

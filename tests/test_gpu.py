@@ -5,12 +5,12 @@ import warnings
 import pytest
 import torch
 from audit import audit, moved, parameter_bits
-from fastai.vision.all import MixedPrecision  # noqa: F401  (with it `to_fp16` and its like)
+from fastai.vision.all import Callback, MixedPrecision  # noqa: F401  (with it `to_fp16` and its like)
 from learners import Spy, digits, learner, ran, small_cnn
 from models import mlp, rows
 from torch import nn
 
-from fastai_lsuv import LSUVCallback, lsuv_
+from fastai_lsuv import ActivationStatsRecorder, LSUVCallback, lsuv_
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')
 EPS = {torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -107,3 +107,29 @@ def test_messages_between_ranks_travel_by_nccl(dls, tmp_path, monkeypatch):
         alone.fit(1)
         assert list(spy.states[0].values()) == list(spy_alone.states[0].values())
     finally: torch.distributed.destroy_process_group()
+
+
+class NoWait(Callback):
+    "From the recorder's `before_batch` on, and in the backward, no operation may wait for the device."
+    order = 99
+    def before_batch(self): torch.cuda.set_sync_debug_mode('error')
+    def after_pred(self): torch.cuda.set_sync_debug_mode('default')
+    before_backward, after_backward = before_batch, after_pred
+
+
+@pytest.mark.parametrize('options', [{}, dict(with_hist=True), dict(with_hist=True, with_grad=True, valid=True)], ids=str)
+def test_no_hook_waits_for_the_device(dls, tmp_path, options):
+    "Neither those of the forward nor of the backward, nor what is computed of their samples when the batch is over."
+    model = nn.Sequential(nn.Conv2d(1, 512, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(512, 8, 3, 2, 1), nn.Flatten(), nn.Linear(128, 10))
+    learn = learner(dls, model, path=tmp_path, metrics=[], cbs=[rec := ActivationStatsRecorder(**options), NoWait()])
+    end = rec._end_batch
+    def watched():
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode('error')
+        try: end()
+        finally: torch.cuda.set_sync_debug_mode(before)
+    rec._end_batch = watched
+    try: learn.fit(1)
+    finally: torch.cuda.set_sync_debug_mode('default')
+    frame = rec.to_frame()
+    assert len(frame[frame.phase == 'train'].step.unique()) == len(dls.train) and frame['std'].notna().all()

@@ -143,6 +143,19 @@ def test_one_rank_alone_waits_for_nobody(both):
     for rows in (a['rows'], a['again']): assert [row.status for row in rows] == ['corrected'] * 3
 
 
+def test_rank_0_records(both, tmp_path):
+    "Its own statistics, by plain names, in one log; the other keeps none; and both train as ever."
+    a, b = both(script.recorded, folder=tmp_path)
+    assert a['layers'] == ['0', '3'] and not b['layers'] and not len(b['frame']) and not a['hooks'] and not b['hooks']
+    frame = a['frame']
+    assert [*frame.step.unique()] == [*range(len(frame) // 2)] and {*frame.epoch} == {0, 1} and {*frame.phase} == {'train'}
+    for row in frame[frame.step == 0].itertuples(): assert (row.mean, row.std) == pytest.approx(a['outputs'][row.layer], rel=1e-4), 'of rank 0 alone'
+    assert a['outputs'] != b['outputs'] and frame.grad_std.notna().all()
+    logged = a['log'].splitlines()
+    assert len(logged) == 1 + len(frame) and len(set(logged)) == len(logged), 'one header, each row once'
+    assert all(torch.equal(a['end'][n], b['end'][n]) for n in a['end'] if 'running' not in n and 'tracked' not in n)
+
+
 # --- one decision -------------------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 import copy
 import os
 import pickle
+import random
 import subprocess
 import sys
 from functools import partial
@@ -40,6 +41,14 @@ def make(dls, tmp_path): return partial(learner, dls, path=tmp_path)
 def dropping(): return nn.Sequential(small_cnn(nn.BatchNorm2d), nn.Dropout(.3), nn.Linear(10, 10))
 
 
+class Noise(nn.Module):
+    "Draws numbers whenever it runs."
+    def forward(self, x): return x + .1*torch.randn_like(x) + .1*np.random.rand() + .1*random.random()
+
+
+def noisy(): return nn.Sequential(small_cnn(), Noise(), nn.Linear(10, 10))
+
+
 def optimizer_bits(learn): return [{k: bits(v) if isinstance(v, torch.Tensor) else v for k, v in s.items()} for s in learn.opt.state.values()]
 
 
@@ -54,7 +63,7 @@ def everything(learn, train, **options):
 
 CASES = {'plainly': ({}, {}), 'all options': ({}, ALL), 'every third': ({}, dict(every=3, **ALL)), 'few records': ({}, dict(max_records=2, **ALL)), 'blocks': ({}, dict(modules=nn.Module.children, **ALL)),
          'mixup': (dict(cbs=lambda: MixUp()), ALL), 'accumulation': (dict(cbs=lambda: GradientAccumulation(64)), ALL), 'dropout and norms': (dict(model=dropping), ALL),
-         'checkpointing': (dict(model=lambda: Checkpointed(False, dropping())), ALL), 'a log': ({}, dict(fname='log.csv', **ALL))}
+         'noise': (dict(model=noisy), ALL), 'checkpointing': (dict(model=lambda: Checkpointed(False, dropping())), ALL), 'a log': ({}, dict(fname='log.csv', **ALL))}
 
 
 @pytest.mark.parametrize('case', CASES)
@@ -116,7 +125,7 @@ class Raises(Callback):
         if event == self.event and self.error is not None and self.n >= 2: raise self.error
 
 
-PLACES = ['model', 'inner hook', 'loss', 'backward', *(f'{e} {o}' for e in ('before_batch', 'after_pred') for o in (-30, 50)), 'after_pred 100', 'after_loss 50', 'after_batch 100', 'before_validate 50']
+PLACES = ['model', 'inner hook', 'loss', 'backward', *(f'{e} {o}' for e in ('before_batch', 'after_pred') for o in (-30, 50, 100)), 'before_batch 1000', 'after_loss 50', 'after_batch 100', 'before_validate 50']
 
 
 @pytest.mark.parametrize('kind', [RuntimeError, KeyboardInterrupt])

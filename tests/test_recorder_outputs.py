@@ -204,7 +204,7 @@ def test_modules_that_are_not_called():
     assert_as_seen(rec, seen)
     assert [*records(rec)[1]] == ['b']
     assert rec.hist('never').shape[0] == rec.hist('a').shape[0] and len(rec.summary()) in (2, 3)
-    for name in ('never', 'b'): rec.layer_stats(name), rec.color_dim(name)
+    for name in ('never', 'b'): rec.layer_stats(name), rec.color_dim(name), rec.plot_layer_stats(name)
     rec.plot_stats(), rec.color_dim(), rec.dead_chart()
 
 
@@ -213,4 +213,17 @@ def test_modules_that_are_not_called():
 def test_activation_checkpointing(use_reentrant, with_grad):
     "The second pass, in the backward, is none of the batch's; and it runs as it must."
     rec, seen = fed(Checkpointed(use_reentrant, mlp(10, 16, 16, 3)), rows(), batches=3, with_grad=with_grad)
+    assert_as_seen(rec, seen)
+
+
+@pytest.mark.parametrize('how', ['plain', 'torch.compile', '.compile()'])
+def test_the_model_itself(how):
+    "Where it is a layer, or chosen: its own output, once."
+    model = nn.Linear(10, 3)
+    if how == '.compile()': model.compile(backend='eager')
+    rec, seen = fed(torch.compile(model, backend='eager') if how == 'torch.compile' else model, rows(), with_grad=True)
+    assert rec.layer_names == [''] and len(rec.summary()) == 1
+    assert_as_seen(rec, seen)
+    rec, seen = fed(mlp(10, 16, 3), rows(), modules=nn.Module)
+    assert rec.layer_names == ['', '0', '1', '2']
     assert_as_seen(rec, seen)

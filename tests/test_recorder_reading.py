@@ -58,7 +58,7 @@ def test_near_zero_is_of_the_absolute_value(beside):
     for i, layer in enumerate(layers):
         a, b = (np.array(o.layer_stats(i)[2]) for o in (ours, theirs))
         assert a.shape == b.shape == (6,)
-        if isinstance(layer, nn.ReLU): assert np.allclose(a, b, atol=1e-6)
+        if isinstance(layer, nn.ReLU): assert np.allclose(a, b, atol=.03 if i < 2 else 1e-6), 'the first one is sampled'
         else: assert (a < b).all()
 
 
@@ -72,15 +72,15 @@ def test_layer_stats_as_fastai_s(beside):
 
 
 def test_hist_as_fastai_s(beside):
-    "A column a record, log1p of counts; of |x|, where fastai's leaves negative values out."
-    ours, theirs, layers = beside
+    "A column a record, log1p of counts from 0 to 10."
+    ours, theirs, _ = beside
     assert (HIST_BINS, tuple(HIST_RANGE)) == (40, (0., 10.))
-    for i, layer in enumerate(layers):
+    for i in range(5):
         a, b = ours.hist(i), theirs.hist(i)
         assert a.shape == b.shape == (40, 6) and a.dtype == b.dtype == torch.float32
         assert torch.equal(a, ours.hist(ours.layer_names[i]))
-        if isinstance(layer, nn.ReLU): torch.testing.assert_close(a, b)
-        else: assert (a.expm1().sum(0) > b.expm1().sum(0) + .5).all(), 'negative values, too'
+        if i < 2: assert ((a.expm1() - b.expm1()).abs().sum(0) <= .1 * b.expm1().sum(0)).all(), 'sampled'
+        else: torch.testing.assert_close(a, b)
 
 
 def test_hist_of_known_values():
@@ -91,7 +91,7 @@ def test_hist_of_known_values():
     rec, _ = fed(Knows(), x, batches=1, modules='out', with_hist=True)
     counts = rec.hist('out').expm1().round().int()[:, 0]
     want = torch.zeros(40, dtype=torch.int)
-    for i, n in {0: 3, 1: 2, 12: 1, 39: 2}.items(): want[i] = n
+    for i, n in {0: 2, 1: 1, 12: 1, 39: 1}.items(): want[i] = n
     assert torch.equal(counts, want)
 
 
@@ -101,9 +101,9 @@ def test_histograms_of_sampled_outputs_keep_their_scale():
     model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU())
     theirs = ActivationStats(modules=[model[1]], with_hist=True)
     rec, _ = fed(model, x, batches=1, cbs=[theirs], modules=[model[1]], with_hist=True)
-    a, b = (o.hist(0).expm1().flatten() for o in (rec, theirs))
-    assert a.sum() == pytest.approx(b.sum(), rel=.01)
-    assert (a - b).abs().sum() <= .05 * b.sum()
+    a, b = (o.hist(0).as_subclass(torch.Tensor).expm1().flatten() for o in (rec, theirs))
+    assert a.sum().item() == pytest.approx(b.sum().item(), rel=.01)
+    assert (a - b).abs().sum() <= .1 * b.sum()
 
 
 def test_training_records_only():
@@ -113,15 +113,16 @@ def test_training_records_only():
 
 
 def test_readable_in_the_middle_of_a_fit():
+    "What came before the batch at hand."
     from fastai.vision.all import Callback
     class Reads(Callback):
         order = 99
         def __init__(self): self.seen = []
-        def after_batch(self): self.seen.append((len(rec.stats), len(records(rec)), rec.hist(0).shape[1], len(rec.summary())))
+        def before_batch(self): self.seen.append((len(rec.stats), len(records(rec)), rec.hist(0).shape[1], len(rec.summary())))
     learn = learner(loaders(), cbs=[rec := ActivationStatsRecorder(with_hist=True), reads := Reads()])
     learn.fit(1)
-    assert [s[:3] for s in reads.seen] == [(n, n, n) for n in (1, 2, 3, 3, 3, 3)]
-    assert {s[3] for s in reads.seen} == {7}
+    assert [s[:3] for s in reads.seen] == [(n, n, n) for n in (0, 1, 2, 3, 3, 3)]
+    assert [s[3] for s in reads.seen] == [0, *[7]*5]
 
 
 # --- errors ------------------------------------------------------------------------------------------------------------------------------------
@@ -160,11 +161,11 @@ def test_every_other_old_record_goes_and_the_newest_stays(max_records, options):
     assert max_records == 1 or len(steps) >= max_records // 2
     assert steps[-1] == 56 // every * every, 'the newest'
     gaps = np.diff(steps)
-    spacing = gaps[0] if len(gaps) else every
+    spacing = gaps[0] if len(gaps) > 1 else every
     if len(gaps) > 1: assert (gaps[:-1] == spacing).all() and gaps[-1] <= spacing, 'evenly spaced, but for the newest'
     assert np.log2(spacing / every) % 1 == 0, 'doubled'
     for got, step in zip(records(rec), steps):
-        for layer in got: assert got[layer] == pytest.approx(seen[step][layer], rel=1e-4, abs=1e-5)
+        for layer in got: assert got[layer] == pytest.approx(seen[step][layer][:3], rel=1e-4, abs=1e-5)
 
 
 def test_the_bound_is_each_layer_s_and_of_both_phases():
@@ -185,8 +186,7 @@ class Spikes(nn.Module):
 def test_running_extremes_survive_thinning():
     rec, seen = fed(Spikes(13), rows(), batches=50, modules=lambda m: [m], max_records=4)
     name, = rec.layer_names
-    row, stds = rec.summary().loc[name], [s[name if name in s else ''][1] for s in seen]
-    zeros = [s[name if name in s else ''][2] for s in seen]
+    row, stds, zeros = rec.summary().loc[name], *([s[name][i] for s in seen] for i in (1, 2))
     assert not {13, 20} & {*rec.to_frame().step}, 'else it is no test'
     assert row.max_std == pytest.approx(max(stds), rel=1e-3) and row.min_std == pytest.approx(min(stds), rel=1e-3) and row.max_near_zero == pytest.approx(max(zeros), abs=1e-3)
     assert row.first_std == pytest.approx(stds[0], rel=1e-3) and row.last_std == pytest.approx(stds[-1], rel=1e-3)
@@ -223,7 +223,7 @@ def test_figures(plot, n, tmp_path):
     assert made is not None and isinstance(fig, Figure)
     if plot in ('plot_stats', 'color_dim', 'dead_chart'): assert isinstance(made, Figure)
     assert dict(matplotlib.rcParams) == rc and plt.get_fignums() == numbers
-    fig.savefig(tmp_path/'figure.png')
+    fig.savefig(tmp_path/'figure.png', dpi=40)
     assert (tmp_path/'figure.png').stat().st_size > 2000
     width, height = fig.get_size_inches()
     assert width <= 20 and height <= 40

@@ -1,4 +1,6 @@
 """LSUV and the recorder, end to end: what LSUV promises of a network is what the first batch of training shows."""
+from functools import partial
+
 import pytest
 import torch
 from fastai.data.core import DataLoaders
@@ -44,7 +46,8 @@ def test_the_first_batch_of_training_is_at_mean_0_and_std_1(case, given, tmp_pat
         batch = xs[-1]
     learn.add_cbs([LSUVCallback(batch, verbose=False), rec := ActivationStatsRecorder(modules=nn.Module, exclude=None)])
     sizes = {}
-    handles = [m.register_forward_hook(lambda m, a, o, n=n: sizes.setdefault(n, o.numel())) for n, m in model.named_modules() if n]
+    def note(name, m, args, out): sizes[name] = out.numel()
+    handles = [m.register_forward_hook(partial(note, n)) for n, m in model.named_modules() if n]
     learn.fit(1)
     for h in handles: h.remove()
     first = rec.to_frame().query('step == 0').set_index('layer')
