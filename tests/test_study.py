@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 sys.path.append(str(Path(__file__).parent.parent / 'nbs'))
-import study  # noqa: E402
+import study
 
 
 def test_the_full_study_contains_the_short_one():
