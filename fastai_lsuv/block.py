@@ -28,11 +28,14 @@ def one_sided(unit: Unit, y: Tensor, seen: Moments, ranks: Ranks) -> bool:
 
 
 def error(seen: Moments, options: Options, centred: bool) -> float:
-    """How far the std, and the mean if it is to be `centred`, are from the wanted ones, in the worst channel."""
+    """How far the std, and the mean if it is to be `centred`, are from the wanted ones, in the worst channel.
+
+    In units of a wanted std below 1.
+    """
     off = 0.0 if options.std is None else float((seen.std - options.std).abs().max())
     if centred and options.mean is not None:
         off = max(off, float((seen.mean - options.mean).abs().max()))
-    return off
+    return off / options.small
 
 
 def is_right(seen: Moments, options: Options, tol: float, centred: bool) -> bool:

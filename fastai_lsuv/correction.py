@@ -159,7 +159,7 @@ class Correction:
         judged = unit in self.first and not (unit.status or unit.is_block or unit.is_shared or self.options.per_channel)
         if not judged or not unit.n_iter or unit.after is None:
             return False
-        return not error(unit.after, self.options, unit.can_shift) <= _HAD_ITS_EFFECT
+        return not error(unit.after, self.options, unit.can_shift) <= _HAD_ITS_EFFECT * max(1.0, self.options.std or 1.0)
 
     # a block that is called once: it is run again, alone, until it is right
 

@@ -29,7 +29,7 @@ from fastai_lsuv.survey import survey
 from fastai_lsuv.units import Unit
 
 _EPS_OF_HALF = 1e-4  # fp16 and bf16 have a larger one
-_LARGE_RATIO = 1e4  # of |mean| to std, at which fp32 outputs are rounded to about 1e-3 std
+_LARGE = 1e4  # |mean| / std, or std, at which fp32 outputs are rounded to about 1e-3
 
 
 def lsuv_(
@@ -42,7 +42,7 @@ def lsuv_(
     modules: Choice = None,  # which units: `None` = all affine layers; types, names with wildcards, modules, a function
     exclude: Choice = None,  # the same forms, taken away from `modules` with everything beneath them
     init: Callable[..., Any] | None = None,  # in-place initialiser of each chosen weight first, biases are zeroed
-    tol: float = 1e-3,  # for blocks and shared layers, where one exact step is impossible
+    tol: float = 1e-3,  # for blocks and shared layers, where one exact step is impossible; of `std` where that is below 1
     max_iter: int = 10,  # steps at most, for the same
 ) -> LSUVReport:  # a row for each unit, in execution order: moments before and after, status, reason
     """Scale and shift each layer's weights so that its output on `batch` has the wanted mean and standard deviation.
@@ -170,13 +170,15 @@ def _is_right(unit: Unit, options: Options) -> bool:
         return False
     exact = not (unit.is_block or unit.is_shared)
     centred = unit.can_shift and not unit.reason.endswith("mean kept")
-    return is_right(unit.after, options, (EXACT if exact else options.tol) + _rounding(unit), centred)
+    return is_right(unit.after, options, (EXACT if exact else options.tol) + _rounding(unit, options), centred)
 
 
-def _rounding(unit: Unit) -> float:
+def _rounding(unit: Unit, options: Options) -> float:
     """What the output's precision allows to be off: a few eps, times |mean| / std where the mean dwarfs the std."""
-    ratio = max(1.0, unit.ratio)
-    return 4 * unit.eps * ratio if unit.eps > _EPS_OF_HALF or ratio > _LARGE_RATIO else 0.0
+    assert unit.after is not None
+    std = options.std or float(unit.after.std.max())
+    size = max(1.0, unit.ratio, abs(options.mean or 0.0) / std) * max(1.0, std)
+    return 4 * unit.eps * size if unit.eps > _EPS_OF_HALF or size > _LARGE else 0.0
 
 
 def _numbers(seen: Moments | None, options: Options) -> tuple[float, float]:

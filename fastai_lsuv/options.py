@@ -54,6 +54,11 @@ class Options:
             raise TypeError(f"init={self.init!r}: expected an in-place initialiser such as nn.init.orthogonal_")
 
     @property
+    def small(self) -> float:
+        """What deviations are measured in: the wanted std where it is below 1, of which 1e-3 may be all."""
+        return min(1.0, self.std or 1.0)
+
+    @property
     def only_measures(self) -> bool:
         """Whether nothing is to be changed."""
         return self.mean is None and self.std is None

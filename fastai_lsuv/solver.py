@@ -57,7 +57,7 @@ class Dial:
         self.first = [p.detach().clone() for p in self.parameters]
         self.first_shift: Any = undo.remember_value(unit, unit.shift.value, unit.shift.set) if unit.shift else None
         self.unit_of_shift = _vector(seen.std)
-        self.position = torch.zeros((1 + self.shifts) * seen.mean.numel(), dtype=torch.float64)
+        self.position = torch.zeros((1 + self.shifts) * seen.mean.numel(), dtype=torch.float64, device="cpu")
 
     def image(self, seen: Moments) -> Tensor:
         """The position that would be exact for an affine unit whose output now has these moments."""

@@ -106,11 +106,11 @@ def _pooled_at_hand(x: Tensor) -> Moments:
     mean = total / max(n, 1)
     m2 = squares - n * mean * mean
     if not n * mean * mean <= _MAX_RATIO * m2:
-        centre = torch.tensor(mean, dtype=x.dtype)
+        centre = x.new_tensor(mean)
         total, squares = _sums(x - centre)
         rest = total / max(n, 1)  # what the rounding of the mean left over
         mean, m2 = float(centre) + rest, max(squares - n * rest * rest, 0.0)
-    return Moments(n, torch.tensor(mean, dtype=torch.float64), torch.tensor(m2, dtype=torch.float64))
+    return Moments(n, x.new_tensor(mean, dtype=torch.float64), x.new_tensor(m2, dtype=torch.float64))
 
 
 def _sums(x: Tensor) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from fastai_lsuv.stats import Moments, at_hand
 from fastai_lsuv.units import Unit
 
 _LARGE = 1e30  # no scale of a finite signal leads beyond
-EXACT = 1e-3  # |mean - wanted| and |std - wanted| of an affine layer in a clean pass
+EXACT = 1e-3  # |mean - wanted| and |std - wanted| of an affine layer in a clean pass; of a wanted std below 1
 
 
 class Step(NamedTuple):
@@ -37,9 +37,10 @@ def one_step(unit: Unit, y: Tensor, seen: Moments, options: Options, ranks: Rank
     scale = torch.ones_like(std) if wanted_std is None else wanted_std / std
     shift = wanted_mean - scale * mean if shifts else torch.zeros_like(mean)
     finite = (mean + std).isfinite()
-    near = finite if wanted_std is None else (std - wanted_std).abs() <= EXACT / 2
+    close = EXACT / 2 * options.small
+    near = finite if wanted_std is None else (std - wanted_std).abs() <= close
     if shifts:
-        near = near & ((mean - wanted_mean).abs() <= EXACT / 2)
+        near = near & ((mean - wanted_mean).abs() <= close)
     constant = is_constant(unit, y, seen, ranks) & finite
     usable = finite & ~constant
     change = usable & ~near

@@ -1,13 +1,15 @@
 """Models in half and in double precision: right as far as the type can be, and `not_converged` where it can't."""
+import copy
+
 import pytest
 import torch
-from audit import audit
+from audit import audit, parameter_bits
 from fastai.callback.fp16 import ModelToHalf
 from fastai.torch_core import to_float, to_half
 from fastai.vision.all import Callback
 from feeds import loaders
 from learners import Spy, learner
-from models import convnet, images, rows
+from models import convnet, images, mlp, rows
 from torch import nn
 from zoo import xresnet18
 
@@ -61,3 +63,13 @@ def test_what_the_dtype_cannot_hold_is_not_converged(std, scale):
     assert report['0'].status == 'not_converged'
     assert not report.converged
     assert all(p.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize('options', [{}, {'per_channel': True}, {'modules': nn.Module.children}])
+def test_a_default_device_elsewhere_changes_nothing(options):
+    "What is measured stays where the model is: with a GPU as the default device, a model may be on the CPU."
+    net, x = mlp(10, 16, 3, act=nn.Tanh), rows()
+    twin = copy.deepcopy(net)
+    lsuv_(net, x, **options)
+    with torch.device('meta'): lsuv_(twin, x, **options)
+    assert parameter_bits(twin) == parameter_bits(net)

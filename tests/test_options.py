@@ -27,6 +27,33 @@ def test_targets(mean, std):
     assert_exact(net, x, lsuv_(net, x, mean=mean, std=std), bits, mean=mean, std=std, tol=1e-3 * max(1, std))
 
 
+@pytest.mark.parametrize('modules', [None, nn.Module.children])
+@pytest.mark.parametrize('std', [1e-4, 1e-6])
+def test_a_small_std_is_met_as_exactly_as_one_of_1(std, modules):
+    "1e-3 of it, not 1e-3: a layer with four times the std isn't there already."
+    net, x = mlp(10, 16, 16, 3, act=nn.Tanh), rows()
+    lsuv_(net, x, std=4*std, modules=modules)
+    report = lsuv_(net, x, std=std, modules=modules)
+    assert report.converged and len(corrected(report)) >= 3, report
+    for row in report:
+        assert outputs_of(net, x, [row.name])[row.name][1] == pytest.approx(std, rel=1e-3), row
+
+
+@pytest.mark.parametrize('std', [1e6, 1e15])
+def test_a_large_std_is_met_as_far_as_single_precision_goes(std):
+    net, x = convnet(), images()
+    report = lsuv_(net, x, std=std)
+    assert report.converged and report.n_forward == 3, report
+    for r in audit(net, x): assert r.std == pytest.approx(std, rel=1e-6) and abs(r.mean) <= 1e-6 * std
+
+
+def test_a_large_signal_is_centred_as_far_as_single_precision_goes():
+    net, x = mlp(10, 16, 3), rows()
+    with torch.no_grad(): net[0].weight.mul_(1e12)
+    assert lsuv_(net, x, std=None).converged
+    for r in audit(net, x): assert abs(r.mean) <= 1e-6 * r.std
+
+
 def test_a_bias_free_layer_has_its_std_corrected_and_its_mean_left():
     net, x = mlp(10, 16, 3, bias=False), rows()
     ratio = [r.mean / r.std for r in audit(net, x)][0]
