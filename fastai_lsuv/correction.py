@@ -105,7 +105,7 @@ class Correction:
         flags = torch.stack([*self.flags.values()]).tolist() if self.flags else []
         for unit, (changed, constant, not_finite, ratio) in zip(self.flags, flags, strict=True):
             unit.n_iter += int(changed)
-            unit.ratio = ratio
+            unit.ratio = max(unit.ratio, ratio)
             if unit.is_shared:
                 continue  # that was one call of several
             if not_finite or (constant and not unit.n_iter):
@@ -159,7 +159,8 @@ class Correction:
         judged = unit in self.first and not (unit.status or unit.is_block or unit.is_shared or self.options.per_channel)
         if not judged or not unit.n_iter or unit.after is None:
             return False
-        return not error(unit.after, self.options, unit.can_shift) <= _HAD_ITS_EFFECT * max(1.0, self.options.std or 1.0)
+        generous = _HAD_ITS_EFFECT * max(1.0, self.options.std or 1.0)
+        return not error(unit.after, self.options, unit.can_shift) <= generous
 
     # a block that is called once: it is run again, alone, until it is right
 

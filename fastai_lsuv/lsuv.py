@@ -42,7 +42,7 @@ def lsuv_(
     modules: Choice = None,  # which units: `None` = all affine layers; types, names with wildcards, modules, a function
     exclude: Choice = None,  # the same forms, taken away from `modules` with everything beneath them
     init: Callable[..., Any] | None = None,  # in-place initialiser of each chosen weight first, biases are zeroed
-    tol: float = 1e-3,  # for blocks and shared layers, where one exact step is impossible; of `std` where that is below 1
+    tol: float = 1e-3,  # for blocks and shared layers, which no one step makes exact; of `std` where that is below 1
     max_iter: int = 10,  # steps at most, for the same
 ) -> LSUVReport:  # a row for each unit, in execution order: moments before and after, status, reason
     """Scale and shift each layer's weights so that its output on `batch` has the wanted mean and standard deviation.
@@ -76,7 +76,7 @@ def run(model: nn.Module, batch: Any, options: Options, ranks: Ranks) -> LSUVRep
             correction = Correction(rehearsal, units, options)
             correction.run()
         _observe(rehearsal, units, options)
-        while not options.only_measures and correction.put_right([u for u in units if not _is_right(u, options)]):
+        while not options.only_measures and correction.put_right([u for u in units if _may_get_better(u, options)]):
             correction.run()
             _observe(rehearsal, units, options)
         ranks.finish()
@@ -165,12 +165,17 @@ def _status(unit: Unit, options: Options) -> str:
     return "corrected" if unit.n_iter else "unchanged"
 
 
-def _is_right(unit: Unit, options: Options) -> bool:
+def _may_get_better(unit: Unit, options: Options) -> bool:
+    """Whether it isn't right, or only by the allowance for a mean that dwarfed the std, as it may do no longer."""
+    return not _is_right(unit, options) or (unit.ratio > _LARGE and not _is_right(unit, options, exactly=True))
+
+
+def _is_right(unit: Unit, options: Options, exactly: bool = False) -> bool:
     if unit.after is None:
         return False
-    exact = not (unit.is_block or unit.is_shared)
+    tol = options.tol if unit.is_block or unit.is_shared else EXACT
     centred = unit.can_shift and not unit.reason.endswith("mean kept")
-    return is_right(unit.after, options, (EXACT if exact else options.tol) + _rounding(unit, options), centred)
+    return is_right(unit.after, options, tol + (0.0 if exactly else _rounding(unit, options)), centred)
 
 
 def _rounding(unit: Unit, options: Options) -> float:

@@ -220,17 +220,20 @@ def classifier_loaders(bs=8):
     return dsets.dataloaders(bs=bs, num_workers=0, before_batch=Pad_Chunk(seq_len=12))
 
 
+def recurrent(prefix): return {f'{prefix}rnns.{i}.module': 'recurrent weights' for i in range(2)}
+
+
 def test_language_model_learner_with_tied_weights():
     learn = language_model_learner(lm_loaders(), AWD_LSTM, config=awd_lstm_lm_config | SMALL, pretrained=False)
     before, xb = fitted(learn)
-    assert assert_right(learn, before, xb) == {'1.decoder': 'tied weight'}
+    assert assert_right(learn, before, xb) == {'1.decoder': 'tied weight'} | recurrent('0.')
     assert not moved(before, learn.model), 'the only layer is skipped, and training starts from what was there'
 
 
 def test_language_model_learner_with_weights_of_its_own():
     learn = language_model_learner(lm_loaders(), AWD_LSTM, config=awd_lstm_lm_config | SMALL | {'tie_weights': False}, pretrained=False)
     before, xb = fitted(learn)
-    assert not assert_right(learn, before, xb)
+    assert assert_right(learn, before, xb) == recurrent('0.')
     assert moved(before, learn.model) == {'1.decoder.weight', '1.decoder.bias'}
 
 
@@ -239,7 +242,7 @@ def test_text_classifier_learner_on_padded_batches():
     learn.unfreeze()
     before, xb = fitted(learn)
     assert (xb[0] == 1).any(), 'no padding'
-    assert not assert_right(learn, before, xb)
+    assert assert_right(learn, before, xb) == recurrent('0.module.')
     assert {n.split('.')[0] for n in moved(before, learn.model)} == {'1'}, 'the encoder has no affine layer'
 
 
