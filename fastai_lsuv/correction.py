@@ -29,9 +29,6 @@ class Correction:
 
     def __init__(self, rehearsal: Rehearsal, units: list[Unit], options: Options) -> None:
         self.rehearsal, self.options = rehearsal, options
-        for unit in units:
-            if unit.reason == TOO_FEW:
-                unit.reconsider()
         self.units = {unit.module: unit for unit in units if not unit.status}
         self.inputs: dict[nn.Module, Call] = {}  # of modules that run again
         self.first: dict[Unit, list[Tensor]] = {}  # weights of layers that the probe found, before their step
