@@ -156,7 +156,8 @@ class Correction:
         judged = unit in self.first and not (unit.status or unit.is_block or unit.is_shared or self.options.per_channel)
         if not judged or not unit.n_iter or unit.after is None:
             return False
-        return not error(unit.after, self.options, unit.can_shift) <= _HAD_ITS_EFFECT * max(1.0, self.options.std or 1.0)
+        allowed = _HAD_ITS_EFFECT * max(1.0, self.options.std or 1.0)
+        return not error(unit.after, self.options, unit.can_shift) <= allowed
 
     # a block that is called once: it is run again, alone, until it is right
 
