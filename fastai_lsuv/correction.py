@@ -29,9 +29,6 @@ class Correction:
 
     def __init__(self, rehearsal: Rehearsal, units: list[Unit], options: Options) -> None:
         self.rehearsal, self.options = rehearsal, options
-        for unit in units:
-            if unit.reason == TOO_FEW:
-                unit.reconsider()
         self.units = {unit.module: unit for unit in units if not unit.status}
         self.inputs: dict[nn.Module, Call] = {}  # of modules that run again
         self.first: dict[Unit, list[Tensor]] = {}  # weights of layers that the probe found, before their step
@@ -159,8 +156,8 @@ class Correction:
         judged = unit in self.first and not (unit.status or unit.is_block or unit.is_shared or self.options.per_channel)
         if not judged or not unit.n_iter or unit.after is None:
             return False
-        generous = _HAD_ITS_EFFECT * max(1.0, self.options.std or 1.0)
-        return not error(unit.after, self.options, unit.can_shift) <= generous
+        allowed = _HAD_ITS_EFFECT * max(1.0, self.options.std or 1.0)
+        return not error(unit.after, self.options, unit.can_shift) <= allowed
 
     # a block that is called once: it is run again, alone, until it is right
 

@@ -26,7 +26,7 @@ from fastai_lsuv.report import LSUVReport, Row
 from fastai_lsuv.stats import Moments, fetched, moments
 from fastai_lsuv.step import EXACT
 from fastai_lsuv.survey import survey
-from fastai_lsuv.units import Unit
+from fastai_lsuv.units import TOO_FEW, Unit
 
 _EPS_OF_HALF = 1e-4  # fp16 and bf16 have a larger one
 _LARGE = 1e4  # |mean| / std, or std, at which fp32 outputs are rounded to about 1e-3
@@ -42,7 +42,7 @@ def lsuv_(
     modules: Choice = None,  # which units: `None` = all affine layers; types, names with wildcards, modules, a function
     exclude: Choice = None,  # the same forms, taken away from `modules` with everything beneath them
     init: Callable[..., Any] | None = None,  # in-place initialiser of each chosen weight first, biases are zeroed
-    tol: float = 1e-3,  # for blocks and shared layers, which no one step makes exact; of `std` where that is below 1
+    tol: float = 1e-3,  # for blocks and shared layers, where one step is not exact; of `std` where that is below 1
     max_iter: int = 10,  # steps at most, for the same
 ) -> LSUVReport:  # a row for each unit, in execution order: moments before and after, status, reason
     """Scale and shift each layer's weights so that its output on `batch` has the wanted mean and standard deviation.
@@ -72,6 +72,8 @@ def run(model: nn.Module, batch: Any, options: Options, ranks: Ranks) -> LSUVRep
             warnings.warn(f"{type(model).__name__} has nothing to correct: no affine layer", stacklevel=3)
         if not options.only_measures:
             for unit in units:
+                if unit.reason == TOO_FEW:
+                    unit.reconsider()
                 _reinitialise(unit, options, rehearsal)
             correction = Correction(rehearsal, units, options)
             correction.run()

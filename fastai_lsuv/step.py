@@ -13,7 +13,7 @@ from fastai_lsuv.ranks import Ranks
 from fastai_lsuv.stats import Moments, at_hand
 from fastai_lsuv.units import Unit
 
-_LARGE = 1e30  # no scale of a finite signal leads beyond
+_LARGE = 1e30  # no weight that is scaled to a signal of ordinary size is beyond
 EXACT = 1e-3  # |mean - wanted| and |std - wanted| of an affine layer in a clean pass; of a wanted std below 1
 
 
@@ -44,11 +44,17 @@ def one_step(unit: Unit, y: Tensor, seen: Moments, options: Options, ranks: Rank
     constant = is_constant(unit, y, seen, ranks) & finite
     usable = finite & ~constant
     change = usable & ~near
-    if (largest := torch.finfo(unit.parameters[0].dtype).max) < _LARGE:  # of fp16: 65504
-        change = change & (unit.parameters[0].detach().abs().amax().to(scale) * scale <= largest)
+    change = change & _can_hold(unit.parameters[0], scale)
     flags = torch.stack([change, constant, ~finite, torch.where(usable, mean.abs() / std, 0.0)])
     flags = flags.reshape(4, -1).amax(1)  # of any channel
     return Step(torch.where(change, scale, 1.0), torch.where(change, shift, 0.0), flags)
+
+
+def _can_hold(weight: Tensor, scale: Tensor) -> Tensor:
+    """Whether the weight times `scale` is in its dtype: fp16 ends at 65504, fp32 before what a denormal signal needs."""
+    largest = torch.finfo(weight.dtype).max
+    heaviest = weight.detach().abs().amax().to(scale) if largest < _LARGE else 1.0
+    return scale * heaviest <= largest
 
 
 def is_constant(unit: Unit, y: Tensor, seen: Moments, ranks: Ranks) -> Tensor:

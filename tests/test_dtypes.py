@@ -65,6 +65,18 @@ def test_what_the_dtype_cannot_hold_is_not_converged(std, scale):
     assert all(p.isfinite().all() for p in net.parameters())
 
 
+@pytest.mark.parametrize('options', [{}, {'per_channel': True}, {'modules': nn.Sequential}])
+@pytest.mark.parametrize(('scale', 'status'), [(1e-41, 'not_converged'), (1e-37, 'corrected'), (1e36, 'corrected')])
+def test_a_signal_at_the_ends_of_single_precision_leaves_finite_weights(scale, status, options):
+    "To bring a denormal one to 1 takes a factor that is infinite in the weight's dtype: not done, and said."
+    net, x = nn.Sequential(nn.Sequential(nn.Linear(10, 8), nn.Softsign()), nn.Linear(8, 3)), rows()
+    with torch.no_grad():
+        for p in net[0].parameters(): p.mul_(scale)
+    report = lsuv_(net, x, **options)
+    assert all(p.isfinite().all() for p in net.parameters()), report
+    if 'modules' not in options: assert report['0.0'].status == status, report
+
+
 @pytest.mark.parametrize('options', [{}, {'per_channel': True}, {'modules': nn.Module.children}])
 def test_a_default_device_elsewhere_changes_nothing(options):
     "What is measured stays where the model is: with a GPU as the default device, a model may be on the CPU."

@@ -156,6 +156,18 @@ def test_a_head_that_gets_values_only_once_the_layers_before_it_are_right(least,
     assert lsuv_(net, x, mean=None, std=None)['head'].reason == report['head'].reason
 
 
+@pytest.mark.parametrize('least,is_new', [(1., True), (1e6, False)])
+def test_such_a_head_is_initialised_like_all_others(least, is_new):
+    net, x = Detector(), rows()
+    net.least = least
+    with torch.no_grad(): net.score.weight.mul_(1e-3)
+    bits = parameter_bits(net)
+    report = lsuv_(net, x, init=nn.init.orthogonal_)
+    w = net.head.weight.detach()
+    assert torch.allclose(w @ w.T, (w @ w.T)[0, 0] * torch.eye(4), atol=1e-5) == is_new == ('head.weight' in moved(bits, net))
+    assert_exact(net, x, report, bits)
+
+
 def test_a_mean_that_leaves_too_few_digits_for_one_step():
     "As gMLP's gates begin: weights of nearly zero, a bias of 1; what the next layers see of them is mostly rounding."
     torch.manual_seed(0)
