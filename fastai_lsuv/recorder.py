@@ -29,9 +29,9 @@ class ActivationStatsRecorder(Reading, Callback):
     """Record statistics of the layers' outputs during training, of one history over several fits.
 
     Of each recorded batch and layer: mean and std of the output, and the share of it that is near zero. Nothing in
-    training changes, to the bit. A hook copies a sample of the output (`fastai_lsuv.stats.SAMPLE` values, evenly
+    training changes, to the bit. A hook copies a sample of the output (about `fastai_lsuv.stats.SAMPLE` values, evenly
     spread: mean and std are within 2 % of the std; all values of smaller outputs) and waits for nothing. Of it, shares
-    and histograms count 4,096 values at most. What the samples show leaves the device in bulk. A compiled model runs
+    and histograms count about 4,096 values. What the samples show leaves the device in bulk. A compiled model runs
     uncompiled in the batches that are recorded.
 
     Raises:

@@ -23,9 +23,9 @@ _SAFE_SQUARES = (1e-30, 1e30)
 
 
 # A sample of a large output: mean and std are then within 2 % of the std, for a cost that doesn't grow with the output.
-SAMPLE = 2**15  # values at most
-FEW = 2**12  # of these, at most, for the share near zero and a histogram
-FEWER = 2**10  # of those, at most, for what only a verdict is made from
+SAMPLE = 2**15  # values, or somewhat more or less
+FEW = 2**12  # of these, or so, for the share near zero and a histogram
+FEWER = 2**10  # of those, or so, for what only a verdict is made from
 HIST_BINS, HIST_RANGE = 40, (0.0, 10.0)  # as in fastai's `ActivationStats`: `histc(40, 0, 10)`
 FEATURES = ("mean", "std", "near_zero", "sparsity", "at_limit", "signal")  # see `describe`
 _SPARSE = 0.05  # of the std: nearer to 0 than this is nothing beside the rest
@@ -130,7 +130,7 @@ def _rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sample(x: Tensor, size: int = SAMPLE) -> Tensor:
-    """A copy of up to `size` values of `x` in fp32, spread evenly over all of it: all values if there are no more.
+    """A copy of about `size` values of `x` in fp32, spread evenly over all of it: all values if there are no more.
 
     In two rows of the same places in both halves of the batch, so that the samples in it can be compared; in one row
     if its size is odd.
@@ -146,15 +146,20 @@ def sample(x: Tensor, size: int = SAMPLE) -> Tensor:
     return (values if distance == 1 else values[:, ::distance]).to(torch.float32, copy=True)
 
 
-def _distance(n: int, at_least: float) -> int:
+def _distance(n: int, wanted: float) -> int:
     """A distance between sampled values of `n` that has no divisor in common with `n`, hence none with any dimension.
 
-    A power of two would see the border columns of a map, or some of the channels, and no others.
+    A power of two would see the border columns of a map, or some of the channels, and no others. It is the next that is
+    not below `wanted`; or the next below, if that would leave less than two thirds of the values, and this not too many.
     """
-    distance = max(math.ceil(at_least), 1)
-    while math.gcd(distance, n) > 1:
-        distance += 1
-    return distance
+    above = below = max(math.ceil(wanted), 1)
+    while math.gcd(above, n) > 1:
+        above += 1
+    if above <= 1.5 * max(wanted, 1):
+        return above
+    while math.gcd(below, n) > 1:
+        below -= 1
+    return below if wanted <= 4 * below else above
 
 
 def describe(
