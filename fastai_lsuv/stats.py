@@ -150,7 +150,7 @@ def _distance(n: int, wanted: float) -> int:
     """A distance between sampled values of `n` that has no divisor in common with `n`, hence none with any dimension.
 
     A power of two would see the border columns of a map, or some of the channels, and no others. It is the next that is
-    not below `wanted`; or the next below, if that would leave less than two thirds of the values, and this not too many.
+    not below `wanted`; or the next below, if that would leave less than two thirds of the values.
     """
     above = below = max(math.ceil(wanted), 1)
     while math.gcd(above, n) > 1:
