@@ -167,6 +167,9 @@ def test_what_was_recorded_before_an_error_is_kept(tmp_path):
     learn = learner(loaders(), model, path=tmp_path, cbs=[rec := ActivationStatsRecorder(), seen := Witness()])
     with pytest.raises(RuntimeError, match='broken'): learn.fit(1)
     assert_as_seen(rec, seen.records[:2])
+    model[-1].at = 0
+    learn.fit(1)
+    assert_as_seen(rec, seen.records)  # and nothing of the batch that it ended
 
 
 def test_removed_in_the_middle_of_a_fit(make):
