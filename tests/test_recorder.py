@@ -1,4 +1,5 @@
 """What `ActivationStatsRecorder` records and when: each real training batch, and nothing else."""
+import math
 from functools import partial
 
 import pytest
@@ -13,7 +14,7 @@ from fastai.vision.all import (
 )
 from learners import digits, learner, small_cnn, two_groups
 from torch import nn
-from witness import Witness, assert_as_seen, hooks_on, records
+from witness import Witness, assert_as_seen, hooks_on, records, skin
 
 from fastai_lsuv import ActivationStatsRecorder, LSUVCallback
 
@@ -74,7 +75,7 @@ def test_nothing_else_is_recorded(make, other, valid):
     frame = rec.to_frame()
     assert len(records(rec, 'train')) == 6 and [*frame[frame.phase == 'train'].step.unique()] == [*range(6)]
     assert len(records(rec, 'valid')) == (4 if valid else 0)
-    assert len(frame.fit.unique()) == 2
+    assert [*frame.fit.unique()] == ([1, 3] if other == 'fit(0)' else [0, 1])
     assert not hooks_on(learn.model)
 
 
@@ -175,6 +176,22 @@ def test_cancelled_batches(make, event, order):
     if len(found) == len(seen): assert_as_seen(rec, seen)
     assert len(set(rec.to_frame().step)) == len(found), 'a step each'
     assert not hooks_on(learn.model)
+
+
+def test_a_batch_that_is_cancelled_ahead_of_the_forward(make):
+    "By a hook of the model, say, after all callbacks: nothing of the recorder stays on the model."
+    learn, calls = make(), []
+    def stop(m, args):
+        calls.append(1)
+        if len(calls) == 3: raise CancelBatchException
+    handle = learn.model.register_forward_pre_hook(stop)
+    before = skin(learn.model)
+    class Looks(Callback):
+        order = math.inf
+        def after_train(self): self.skin = skin(self.learn.model)
+    learn.add_cbs([rec := ActivationStatsRecorder(), looks := Looks()]).fit(1)
+    assert looks.skin == before and len(records(rec)) == 2
+    handle.remove()
 
 
 class Short(Callback):

@@ -156,12 +156,12 @@ def test_a_recorder_does_not_keep_the_model(tmp_path, nothing_left_behind):
 @pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
 def test_a_recorder_does_not_keep_the_model_after_an_error(tmp_path, nothing_left_behind, error):
     learn = learner(loaders(), nn.Sequential(small_cnn(), Stumble(error('broken'), 3)), path=tmp_path)
-    rec, model = ActivationStatsRecorder(modules='0.*', **ALL), weakref.ref(learn.model)
+    rec, block = ActivationStatsRecorder(modules='0.*', **ALL), weakref.ref(learn.model[0][0])
     with pytest.raises(error): learn.fit(1, cbs=rec)
     nothing_left_behind.clear()
     del learn
     gc.collect()
-    assert model() is None
+    assert block() is None
     assert len(records(rec)) == 2
 
 

@@ -167,6 +167,9 @@ def test_what_was_recorded_before_an_error_is_kept(tmp_path):
     learn = learner(loaders(), model, path=tmp_path, cbs=[rec := ActivationStatsRecorder(), seen := Witness()])
     with pytest.raises(RuntimeError, match='broken'): learn.fit(1)
     assert_as_seen(rec, seen.records[:2])
+    model[-1].at = 0
+    learn.fit(1)
+    assert_as_seen(rec, seen.records)  # and nothing of the batch that it ended
 
 
 def test_removed_in_the_middle_of_a_fit(make):
@@ -199,6 +202,23 @@ def test_copies_of_a_recorder_and_of_a_learner(make, copied, tmp_path):
     again = copied(rec)
     assert again.to_frame().equals(rec.to_frame()) and again.layer_names == rec.layer_names
     assert torch.equal(again.hist('0.0'), rec.hist('0.0')) and again.summary().equals(rec.summary())
+
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=['deepcopy', 'pickle'])
+@pytest.mark.parametrize('place', ['loss', 'model'])
+def test_copies_after_an_interrupt(make, copied, place):
+    "With all records up to it, and fit for another fit; without the samples of the batch that it ended."
+    loss, stumble = Loss(), Stumble(None, 0)
+    learn = make(model=nn.Sequential(*small_cnn(), stumble), loss_func=loss)
+    rec = ActivationStatsRecorder(modules=nn.Conv2d, **ALL)
+    learn.fit(1, cbs=rec)
+    if place == 'loss': loss.error = KeyboardInterrupt()
+    else: stumble.error, stumble.at = KeyboardInterrupt(), stumble.calls[0] + 2
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=rec)  # (with fastai's loader in it the Learner itself can't be copied now)
+    twin, loss.error, stumble.error, stumble.at = copied(rec), None, None, 0
+    assert len(records(twin, 'train')) == (3 if place == 'loss' else 4)
+    make(cbs=twin).fit(1)
+    assert len(twin.to_frame().step.unique()) >= 6 and twin.layer_names == rec.layer_names
 
 
 FRESH_PROCESS = '''
