@@ -51,7 +51,7 @@ def one_step(unit: Unit, y: Tensor, seen: Moments, options: Options, ranks: Rank
 
 
 def _can_hold(weight: Tensor, scale: Tensor) -> Tensor:
-    """Whether the weight times `scale` is in its dtype: fp16 ends at 65504, fp32 short of what denormal signals need."""
+    """Whether the weight times `scale` is in its dtype: fp16 ends at 65504, fp32 short of what denormals need."""
     largest = torch.finfo(weight.dtype).max
     heaviest = weight.detach().abs().amax().to(scale) if largest < _LARGE else 1.0
     return scale * heaviest <= largest
