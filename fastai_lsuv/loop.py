@@ -17,10 +17,10 @@ _EPOCH = {"train": ("one_batch", "all_batches", "_do_epoch_train", "_do_epoch"),
 def came_through_fit(learn: Learner) -> bool:
     """Whether the event at hand was fired by `learn.fit`.
 
-    `validate`, `get_preds`, `tta`, `with learn:` and others fire `before_fit`, too, and nothing in the Learner's
-    attributes tells them apart: only the frames do.
+    `validate`, `get_preds`, `tta`, `with learn:` and others fire `before_fit` and `after_fit`, too, and nothing in the
+    Learner's attributes tells them apart: only the frames do.
     """
-    return next(_methods_at_work(learn, ("fit", "__enter__")), None) == "fit"
+    return next(_methods_at_work(learn, ("fit", "__enter__", "__exit__")), None) == "fit"
 
 
 def phase_of_batch(learn: Learner) -> str | None:

@@ -84,11 +84,13 @@ class ActivationStatsRecorder(Reading, Callback):
 
     def before_fit(self) -> None:
         """Choose the layers, if this is a real fit (on the first rank)."""
+        learn = self.learn
+        if not came_through_fit(learn):  # a validation, perhaps in the middle of a fit
+            return
         self._end_batch()  # what an interrupted fit has left
         self._flush()
         self._forget()
-        learn = self.learn
-        if not came_through_fit(learn) or learn._grab_cbs(LRFinder) or rank_distrib():
+        if learn._grab_cbs(LRFinder) or rank_distrib():
             return
         model = _unwrapped(learn.model)
         random_state = RandomState()  # a module that draws numbers may be tried: is it an activation?

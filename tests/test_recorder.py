@@ -100,6 +100,21 @@ def test_passes_of_other_callbacks_outside_of_a_batch_are_not(make, order):
     assert_as_seen(rec, seen)
 
 
+class Validates(Callback):
+    "Asks for a validation of its own, with all its events, `before_fit` among them."
+
+    def after_train(self): self.learn.validate(), self.learn.get_preds(), self.model.train()
+
+
+@pytest.mark.parametrize('valid', [False, True])
+def test_a_whole_validation_in_the_middle_of_a_fit_ends_nothing(make, valid):
+    rec = ActivationStatsRecorder(valid=valid)
+    make(cbs=[rec, Validates()]).fit(2)
+    index = rec.to_frame().drop_duplicates(['phase', 'step', 'epoch'])
+    assert list(index[index.phase == 'train'].step) == list(range(6)) and set(index.fit) == {0}
+    assert sum(index.phase == 'valid') == (2 if valid else 0)
+
+
 def test_validation_when_asked_for(make):
     rec, seen = fitted(make(), lambda learn: learn.fit(2), valid=True)
     assert len(seen) == 10
