@@ -11,8 +11,7 @@ from weakref import ref
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import LRFinder
-from fastai.distributed import rank_distrib
-from fastai.torch_core import get_model
+from fastai.torch_core import get_model, rank_distrib
 from torch import Tensor, nn
 
 from fastai_lsuv.capture import Capture, Outbox, columns

@@ -57,3 +57,10 @@ def test_importing_says_nothing_and_leaves_the_plotting_backend_alone():
     done = subprocess.run([sys.executable, '-c', code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, ''), done.stderr
     assert 'fastai_lsuv' not in done.stderr
+
+
+def test_nothing_but_fastai_and_torch_is_needed():
+    extras = ('accelerate', 'wandb', 'tensorboard', 'timm', 'transformers', 'pytest', 'hypothesis', 'accelerate.utils')
+    code = f'import sys; sys.modules.update(dict.fromkeys({extras})); import fastai_lsuv, fastai_lsuv.demo, fastai_lsuv.init'
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
