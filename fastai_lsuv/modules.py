@@ -105,11 +105,10 @@ def chosen(model: nn.Module, choice: Choice, option: str = "modules") -> list[nn
     return list(dict.fromkeys(found))
 
 
-def without(model: nn.Module, modules: Iterable[nn.Module], exclude: Choice) -> list[nn.Module]:
-    """The modules less those that `exclude` means, and everything beneath these; an empty list excludes nothing."""
+def excluded(model: nn.Module, exclude: Choice) -> set[nn.Module]:
+    """The modules that `exclude` means, and everything beneath them; an empty list excludes nothing."""
     nothing = exclude is None or (isinstance(exclude, list | tuple) and not exclude)
-    excluded = set() if nothing else with_descendants(chosen(model, exclude, "exclude"))
-    return [m for m in modules if m not in excluded]
+    return set() if nothing else with_descendants(chosen(model, exclude, "exclude"))
 
 
 def layers_and_activations(model: nn.Module) -> list[nn.Module]:

@@ -19,7 +19,7 @@ from fastai_lsuv.history import History, Record
 from fastai_lsuv.hooks import NextCall
 from fastai_lsuv.logs import CSVLog, logs_to_wandb, to_tensorboard, to_wandb
 from fastai_lsuv.loop import came_through_fit, phase_of_batch
-from fastai_lsuv.modules import Choice, chosen, layers_and_activations, without
+from fastai_lsuv.modules import Choice, chosen, excluded, layers_and_activations
 from fastai_lsuv.reading import Reading
 from fastai_lsuv.rehearsal import RandomState
 
@@ -96,7 +96,7 @@ class ActivationStatsRecorder(Reading, Callback):
         picked = layers_and_activations(model) if self.modules is None else chosen(model, self.modules)
         random_state.restore()
         names = {module: name.replace("_orig_mod.", "") for name, module in model.named_modules()}  # compiled parts
-        layers = sorted(without(model, picked, self.exclude), key=list(names).index)
+        layers = sorted(set(picked) - excluded(model, self.exclude), key=list(names).index)
         if self.fname is not None and self._csv is None:
             self._csv = CSVLog(Path(learn.path) / self.fname, self._history.frame([]).columns.tolist())
         self._places = self._history.add_layers([names[m] for m in layers], [type(m).__name__ for m in layers])

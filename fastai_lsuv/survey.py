@@ -19,12 +19,12 @@ from fastai_lsuv.modules import (
     RECURRENT_TYPES,
     Choice,
     chosen,
+    excluded,
     is_known_affine,
     is_pattern,
     is_scripted,
     names_in,
     open_modules,
-    with_descendants,
 )
 from fastai_lsuv.probe import Carriers, find_carriers, first_tensor, known_carriers, small_noise
 from fastai_lsuv.rehearsal import Rehearsal
@@ -81,8 +81,7 @@ class _Watch:
     def __post_init__(self) -> None:
         model = self.rehearsal.model
         self.names = {m: name for name, m in model.named_modules()}
-        nothing = self.exclude is None or (isinstance(self.exclude, list | tuple) and not self.exclude)
-        self.excluded = set() if nothing else with_descendants(chosen(model, self.exclude, "exclude"))
+        self.excluded = excluded(model, self.exclude)
         self.wanted = set() if self.modules is None else set(chosen(model, self.modules))
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

