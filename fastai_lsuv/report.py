@@ -93,9 +93,9 @@ class LSUVReport(Sequence[Row]):
         right = [row for row in done if row.status != "not_converged"]
         parts = [f"LSUV: {len(right)} of {len(self.rows)} layers {'measured' if only_measured else 'right'}"]
         if done:
-            for what, wanted in (("mean", self.mean or 0.0), ("std", self.std or 1.0)):
+            for what, asked, wanted in (("mean", self.mean, self.mean or 0.0), ("std", self.std, self.std or 1.0)):
                 judged = [row for row in done if what == "std" or not row.reason.endswith("mean kept")]
-                if not judged:
+                if not judged or (asked is None and not only_measured):  # what was left alone isn't right or wrong
                     continue
                 before, after = (_farthest(judged, f"{what}_{when}", wanted) for when in ("before", "after"))
                 parts.append(f"worst {what} {before}" if only_measured else f"worst {what} {before} → {after}")
