@@ -170,8 +170,22 @@ class Correction:
         self._note_kept_mean(unit, shifts)
         dial = Dial(unit, self.rehearsal, shifts, seen)
         with self.rehearsal.replay(unit.module) as run:
-            correct_block(unit, dial, seen, lambda: self._moments(unit, _first(run(call))))
+
+            def measure() -> Moments:
+                return self._moments(unit, _first(run(call)))
+
+            right = correct_block(unit, dial, seen, measure)
+            if dial.shifts and not right and self._has_become_one_sided(unit, _first(run(call))):
+                dial.reset()
+                unit.n_iter = 0
+                self._note_kept_mean(unit, False)
+                dial = Dial(unit, self.rehearsal, False, seen)
+                correct_block(unit, dial, seen, measure)
             return run(call) if unit.n_iter else None
+
+    def _has_become_one_sided(self, unit: Unit, y: Tensor) -> bool:
+        """Whether the output had two signs only while it was small, as that of GELU, which is nearly linear there."""
+        return unit.n_iter > 0 and unit.shift is None and self._one_sided(unit, y, self._moments(unit, y))
 
     def _note_kept_mean(self, unit: Unit, shifts: bool) -> None:
         if unit.can_shift and not shifts and self.options.mean is not None:

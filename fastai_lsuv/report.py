@@ -94,10 +94,10 @@ class LSUVReport(Sequence[Row]):
         right = [row for row in done if row.status != "not_converged"]
         parts = [f"LSUV: {len(right)} of {len(self.rows)} layers {'measured' if only_measured else 'right'}"]
         if done:
-            for what, wanted in (("mean", self.mean or 0.0), ("std", self.std or 1.0)):
+            for what, asked, wanted in (("mean", self.mean, self.mean or 0.0), ("std", self.std, self.std or 1.0)):
                 excused = "mean kept" if what == "mean" else ENDS_BRANCH
                 judged = [row for row in done if excused not in row.reason]
-                if not judged:
+                if not judged or (asked is None and not only_measured):  # what was left alone isn't right or wrong
                     continue
                 before, after = (_farthest(judged, f"{what}_{when}", wanted) for when in ("before", "after"))
                 parts.append(f"worst {what} {before}" if only_measured else f"worst {what} {before} → {after}")
