@@ -82,8 +82,15 @@ def test_the_readme_s_tables_are_what_the_study_prints(table): assert table in (
 
 @pytest.mark.parametrize('act, depth', [('sigmoid', 17), ('relu', 100), ('leaky 1/3', 100), ('tanh', 100)])
 def test_the_recorded_depths_hold_for_every_seed(act, depth):
-    runs = study.read().query('part == "deep" and net == @act and depth == @depth')
+    runs = study.read().query('part == "deep" and net == @act and depth == @depth and width == 24')
     assert len(runs) >= 3 and runs.accuracy.min() >= (.9 if act == 'sigmoid' else .95)
+
+
+def test_bounded_branches_undo_the_harm_where_no_norm_holds_them():
+    norms = study.read().query('part == "norms"')
+    for net in ('xresnet, no norm in blocks', '100 residual blocks, no norm'):
+        scores = norms[norms.net == net].groupby(['lr', 'init']).accuracy.median().unstack()
+        assert len(scores) >= 3 and (scores['LSUV residual'] > scores['LSUV']).all()
 
 
 @pytest.mark.slow
