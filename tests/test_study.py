@@ -89,8 +89,11 @@ def test_the_recorded_depths_hold_for_every_seed(act, depth):
 def test_bounded_branches_undo_the_harm_where_no_norm_holds_them():
     norms = study.read().query('part == "norms"')
     for net in ('xresnet, no norm in blocks', '100 residual blocks, no norm'):
-        scores = norms[norms.net == net].groupby(['lr', 'init']).accuracy.median().unstack()
-        assert len(scores) >= 3 and (scores['LSUV residual'] > scores['LSUV']).all()
+        runs = norms[norms.net == net]
+        steps = runs.assign(steps=runs.steps.fillna(np.inf)).groupby(['lr', 'init']).steps.median().unstack()
+        assert len(steps) >= 3 and (steps['LSUV residual'] < steps['LSUV']).all() and (steps['default'] < steps['LSUV']).all()
+        area = study.area(runs)[net]
+        assert area['LSUV residual'] > area['LSUV'] + .01 and area['LSUV residual'] == pytest.approx(area['default'], abs=.015)
 
 
 @pytest.mark.slow
