@@ -19,6 +19,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter, SymmetricalLogLocator
 
 __all__ = [
+    "GREY",
     "INK",
     "PALE",
     "Bools",
@@ -52,8 +53,12 @@ class _DisplayedFigure(Figure):
 
     def _repr_png_(self) -> bytes:
         png = BytesIO()
-        self.savefig(png, format="png", bbox_inches="tight", facecolor=self.get_facecolor())
+        self.savefig(png, format="png", bbox_inches="tight")
         return png.getvalue()
+
+    def savefig(self, fname: Any, **options: Any) -> None:
+        """As any figure's, but on its own paper, whatever `rcParams["savefig.facecolor"]` says: the ink is dark."""
+        super().savefig(fname, **{"facecolor": self.get_facecolor(), **options})
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -96,8 +101,9 @@ def scale_mean(ax: Axes, means: npt.ArrayLike, center: float, unit: float) -> No
     """Symlog where one layer's mean would press all the others flat; and rounding errors aren't to fill the axis."""
     farthest = np.abs(_finite(means) - center).max(initial=0.0) / unit
     if farthest > SYMLOG_FROM:
-        ax.set_yscale("symlog", linthresh=unit, linscale=max(2.0, np.log10(farthest) / 4))
-        ticks = SymmetricalLogLocator(base=10.0, linthresh=unit)
+        threshold = 10.0 ** np.ceil(np.log10(unit))  # a tick's place: ticks nearer to 0 would stand on one another
+        ax.set_yscale("symlog", linthresh=threshold, linscale=max(2.0, np.log10(farthest) / 4))
+        ticks = SymmetricalLogLocator(base=10.0, linthresh=threshold)
         ticks.set_params(numticks=8)
         ax.yaxis.set_major_locator(ticks)
         ax.margins(y=0.1)
