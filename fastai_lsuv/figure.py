@@ -45,7 +45,7 @@ Bools = npt.NDArray[np.bool_]
 
 
 class _DisplayedFigure(Figure):
-    """A `Figure` that a notebook shows once.
+    """A `Figure` that a notebook shows once, and that looks the same in any style.
 
     Unlike pyplot's, a plain `Figure` isn't shown at the end of a cell, and as a cell's value it is shown only where
     pyplot's inline backend was switched on before. There, IPython prefers that backend's formatter to this method.
@@ -55,6 +55,12 @@ class _DisplayedFigure(Figure):
         png = BytesIO()
         self.savefig(png, format="png", bbox_inches="tight")
         return png.getvalue()
+
+    def add_subplot(self, *args: Any, **options: Any) -> Any:
+        """As any figure's, but without the dashes and markers of a user's cycle of styles."""
+        ax = super().add_subplot(*args, **options)
+        ax.set_prop_cycle(color=[INK])
+        return ax
 
     def savefig(self, fname: Any, **options: Any) -> None:
         """As any figure's, but on its own paper, whatever `rcParams["savefig.facecolor"]` says: the ink is dark."""

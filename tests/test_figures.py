@@ -28,10 +28,11 @@ each = pytest.mark.parametrize('plot', FIGURES.values(), ids=FIGURES)
 
 
 @each
-def test_a_dark_style_changes_no_pixel(plot):
+def test_a_user_s_style_changes_no_pixel(plot):
     def pixels(fig): return np.asarray(drawn(fig).canvas.buffer_rgba())
     plain = pixels(plot())
-    with plt.style.context('dark_background'): np.testing.assert_array_equal(pixels(plot()), plain)
+    for style in ('dark_background', {'axes.prop_cycle': plt.cycler(color=['red'], linestyle=[':'], marker=['*'], linewidth=[5], alpha=[.3])}):
+        with plt.style.context(style): np.testing.assert_array_equal(pixels(plot()), plain)
 
 
 @each
