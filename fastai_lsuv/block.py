@@ -43,9 +43,9 @@ def is_right(seen: Moments, options: Options, tol: float, centred: bool) -> bool
     return error(seen, options, centred) <= tol
 
 
-def correct_block(unit: Unit, dial: Dial, seen: Moments, run: Callable[[], Moments], options: Options) -> None:
+def correct_block(unit: Unit, dial: Dial, seen: Moments, run: Callable[[], Moments]) -> None:
     """Turn the dial until the output that `run` measures is as wanted, or to where it is nearest."""
-    solver, best, centre = Broyden(), (math.inf, dial.position), 0.0
+    options, solver, best, centre = unit.options, Broyden(), (math.inf, dial.position), 0.0
     for tries in range(options.max_iter):
         if is_right(seen, options, options.tol / 2, dial.shifts):
             return
