@@ -265,13 +265,17 @@ def plot_table(df):
     return fig
 
 
+COLORS = ["#D55E00", "#56B4E9", "#0072B2", "#009E73"]  # told apart by colour-blind eyes (Okabe & Ito)
+
+
 def plot_depth(df):
     "Accuracy over depth at one learning rate, for each activation a panel."
     df = tidy(df[df.lr == 1e-3])
     nets = [n for n in ACTS if n in set(df.net)]
     fig, axes = plt.subplots(1, len(nets), figsize=(4.5 * len(nets), 3.2), sharey=True, squeeze=False, layout="constrained")
     for ax, net in zip(axes[0], nets):
-        df[df.net == net].groupby(["depth", "init"], observed=True).accuracy.median().unstack().plot(ax=ax, marker="o", logx=True, title=net, legend=False)
+        medians = df[df.net == net].groupby(["depth", "init"], observed=True).accuracy.median().unstack()
+        medians.plot(ax=ax, style=["o:", "s--", "^-.", "D-"], color=COLORS, logx=True, title=net, legend=False)
         ax.set(xlabel="layers", ylabel="accuracy", xticks=sorted(df.depth.unique()), xticklabels=sorted(df.depth.unique()), ylim=(0, 1))
         ax.minorticks_off()
     axes[0, 0].legend(fontsize="small")
