@@ -17,7 +17,14 @@ from fastai_lsuv.hooks import hooked
 from fastai_lsuv.probe import first_tensor
 from fastai_lsuv.rehearsal import Rehearsal
 
-_SUMS = (torch.ops.aten.add, torch.ops.aten.add_, torch.ops.aten.sub, torch.ops.aten.sub_)
+_SUMS = [getattr(torch.ops.aten, name) for name in ("add", "add_", "sub", "sub_", "rsub", "lerp", "lerp_")]
+_SHAPED = [  # take no more than the shape of another tensor
+    getattr(torch.ops.aten, name)
+    for name in (
+        *(f"{what}_like" for what in ("empty", "full", "ones", "rand", "randint", "randn", "zeros")),
+        *(f"new_{what}" for what in ("empty", "empty_strided", "full", "ones", "zeros")),
+    )
+]
 
 
 def branch_ends(rehearsal: Rehearsal, layers: Collection[nn.Module]) -> list[nn.Module]:
@@ -64,19 +71,24 @@ class _Trace(TorchDispatchMode):
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Hook of a layer: its output has been through it."""
         y = first_tensor(output)
-        for _, trail in self._known(y):
+        known = self._known(y)
+        if not self.trails:  # the model's inputs lie in an object of some kind: what the first layer gets stands for them
+            self._note((args, kwargs), _Trail())
+            known = [(x, _Trail()) for x in _tensors(y)]
+        for _, trail in known:
             self._note(y, _Trail(trail.calls | 1 << self.n_calls, frozenset([module])))
             self.n_calls += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and note the trail of what comes out."""
         call = (args, kwargs or {})
-        seen = self._known(call)
+        packet = getattr(func, "overloadpacket", None)  # operations of higher order have none
+        seen = [] if packet in _SHAPED else self._known(call)
         calls, ends = 0, frozenset[nn.Module]()
         for _, trail in seen:
             calls, ends = calls | trail.calls, ends | trail.ends
-        is_sum = len(seen) == 2 and getattr(func, "overloadpacket", None) in _SUMS
-        branch = _branch(*seen) if is_sum else None
+        added = self._known(args) if packet in _SUMS else []  # without `out=`
+        branch = _branch(*added) if len(added) == 2 else None
         if branch is not None:
             output, ends = func(*args, **call[1]), frozenset()
             self.found += branch.ends

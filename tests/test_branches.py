@@ -3,6 +3,7 @@ import re
 import warnings
 from fnmatch import fnmatch
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -116,7 +117,10 @@ WAYS = {'plus': lambda net, x, inner, last: x + last(inner(x).relu()), 'the othe
         'minus': lambda net, x, inner, last: x - last(inner(x).relu()), 'torch.add': lambda net, x, inner, last: torch.add(x, last(inner(x).tanh()), alpha=.5),
         'in place': in_place, 'through views': lambda net, x, inner, last: (x.T + last(inner(x).relu()).T).T, 'through dropout': lambda net, x, inner, last: x + F.dropout(last(inner(x)), training=net.training),
         'through a gain': lambda net, x, inner, last: x + net.gain * last(inner(x).relu()), 'through ReLU': lambda net, x, inner, last: x + last(inner(x).relu()).relu(),
-        'through a gate': lambda net, x, inner, last: x + inner(x).sigmoid() * last(x)}
+        'through a gate': lambda net, x, inner, last: x + inner(x).sigmoid() * last(x), 'out=': lambda net, x, inner, last: torch.add(x, last(inner(x).relu()), out=x),
+        'rsub': lambda net, x, inner, last: torch.rsub(last(inner(x).relu()), x), 'lerp': lambda net, x, inner, last: torch.lerp(x, last(inner(x).relu()), .5),
+        'noise before it': lambda net, x, inner, last: x + last((inner(x) + .1 * torch.randn_like(x)).relu()),
+        'gathered in zeros': lambda net, x, inner, last: x + torch.zeros_like(x).index_add_(0, torch.arange(len(x)), last(inner(x).relu()))}
 
 
 @pytest.mark.parametrize('way', WAYS)
@@ -135,6 +139,12 @@ def test_what_fastai_feeds_and_what_fills_a_buffer_is_followed():
 
     for add, x in ((through_buffer, rows()), (WAYS['plus'], TensorImage(rows()))):
         assert at_end(lsuv_(Net(add), x, residual=True)) == ['last.0', 'last.1']
+
+
+def test_inputs_in_an_object_of_ones_own_are_followed_from_the_first_layer():
+    net = Net(WAYS['plus'])
+    net.register_forward_pre_hook(lambda module, args: (args[0].x,))
+    assert at_end(lsuv_(net, (SimpleNamespace(x=rows()),), residual=True)) == ['last.0', 'last.1']
 
 
 def test_attention_of_higher_order_is_followed():
