@@ -118,6 +118,8 @@ WAYS = {'plus': lambda net, x, inner, last: x + last(inner(x).relu()), 'the othe
         'in place': in_place, 'through views': lambda net, x, inner, last: (x.T + last(inner(x).relu()).T).T, 'through dropout': lambda net, x, inner, last: x + F.dropout(last(inner(x)), training=net.training),
         'through a gain': lambda net, x, inner, last: x + net.gain * last(inner(x).relu()), 'through ReLU': lambda net, x, inner, last: x + last(inner(x).relu()).relu(),
         'through a gate': lambda net, x, inner, last: x + inner(x).sigmoid() * last(x), 'out=': lambda net, x, inner, last: torch.add(x, last(inner(x).relu()), out=x),
+        'through pooling': lambda net, x, inner, last: x + F.max_pool1d(last(inner(x).relu()), 3, 1, 1),
+        'through a leaky ReLU by hand': lambda net, x, inner, last: x + (y := last(inner(x).relu())).where(y > 0, .1 * y),
         'rsub': lambda net, x, inner, last: torch.rsub(last(inner(x).relu()), x), 'lerp': lambda net, x, inner, last: torch.lerp(x, last(inner(x).relu()), .5),
         'noise before it': lambda net, x, inner, last: x + last((inner(x) + .1 * torch.randn_like(x)).relu()),
         'gathered in zeros': lambda net, x, inner, last: x + torch.zeros_like(x).index_add_(0, torch.arange(len(x)), last(inner(x).relu()))}
@@ -139,6 +141,12 @@ def test_what_fastai_feeds_and_what_fills_a_buffer_is_followed():
 
     for add, x in ((through_buffer, rows()), (WAYS['plus'], TensorImage(rows()))):
         assert at_end(lsuv_(Net(add), x, residual=True)) == ['last.0', 'last.1']
+
+
+def test_squeeze_and_excite_leaves_the_scale_to_what_it_weighs():
+    net = Net(lambda net, x, inner, last: x + (y := last(inner(x).relu())) * net.gate(y.mean(0, keepdim=True)).sigmoid())
+    net.gate = nn.Linear(12, 12)
+    assert at_end(lsuv_(net, rows(), residual=True)) == ['last.0', 'last.1']
 
 
 def test_inputs_in_an_object_of_ones_own_are_followed_from_the_first_layer():
@@ -177,10 +185,23 @@ def test_the_callback_has_it_too():
     assert at_end(learn.lsuv_report) == ['2.f.3', '3.f.3']
 
 
-@pytest.mark.parametrize('way', ['tanh', 'norm'])
-def test_what_does_not_come_to_the_sum_with_its_scale_ends_nothing(way):
-    squash = torch.tanh if way == 'tanh' else lambda y: F.layer_norm(y, y.shape[1:])
+def rms_norm(y): return y * torch.rsqrt(y.pow(2).mean(1, keepdim=True) + 1e-6)
+def standardised(y): return (y - y.mean(1, keepdim=True)) / (y.var(1, keepdim=True) + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize('squash', [torch.tanh, lambda y: F.layer_norm(y, y.shape[1:]), rms_norm, standardised, F.normalize, lambda y: y * y.sigmoid()],
+                         ids=['tanh', 'norm', 'RMS norm by hand', 'norm by hand', 'length 1', 'swish by hand'])
+def test_what_does_not_come_to_the_sum_with_its_scale_ends_nothing(squash):
     with pytest.warns(UserWarning, match='changes nothing'): report = lsuv_(Net(lambda net, x, inner, last: x + squash(last(inner(x).relu()))), rows(), residual=True)
+    assert {round(row.std_after, 3) for row in report} == {1.}
+
+
+@pytest.mark.parametrize('squash', [torch.tanh, F.gelu, rms_norm], ids=['tanh', 'GELU', 'norm'])
+def test_nor_where_its_output_is_so_small_that_all_scales(squash):
+    net = Net(lambda net, x, inner, last: x + squash(last(inner(x).relu())))
+    with torch.no_grad():
+        for last in net.last: last.weight.mul_(1e-6), last.bias.mul_(1e-6)
+    with pytest.warns(UserWarning, match='changes nothing'): report = lsuv_(net, rows(), residual=True)
     assert {round(row.std_after, 3) for row in report} == {1.}
 
 
