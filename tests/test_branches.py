@@ -14,7 +14,7 @@ from audit import fingerprint, moved, outputs_of, parameter_bits, rng_print
 from fastai.layers import ResBlock
 from fastai.learner import Learner
 from fastai.vision.core import TensorImage
-from fastai.vision.models.xresnet import XResNet
+from fastai.vision.models.xresnet import XResNet, xresnet18
 from models import convnet, images, mlp, rows
 from torch import nn
 from transformers import (
@@ -86,7 +86,8 @@ def test_the_ends_of_branches_are_found(case):
 @pytest.mark.parametrize('make,batch', [
     (lambda: torchvision.models.resnet18(), images(2, side=64)), (lambda: torchvision.models.densenet121(), images(2, side=64)),
     (lambda: timm.create_model('efficientnet_b0'), images(2, side=64)), (lambda: timm.create_model('hrnet_w18_small'), images(2, side=64)),
-    (convnet, images()), (lambda: mlp(10, 20, 5), rows())], ids=['ResNet-18', 'DenseNet', 'EfficientNet', 'HRNet', 'plain', 'MLP'])
+    (lambda: xresnet18(), images(2, side=64)), (lambda: timm.create_model('resnet18', zero_init_last=True), images(2, side=64)),
+    (convnet, images()), (lambda: mlp(10, 20, 5), rows())], ids=['ResNet-18', 'DenseNet', 'EfficientNet', 'HRNet', 'xresnet, norms from 0', 'timm ResNet-18, norms from 0', 'plain', 'MLP'])
 def test_a_norm_behind_the_last_layer_or_no_sum_at_all_leaves_nothing_to_bound(make, batch):
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match=r'residual=True changes nothing: no residual branch ends in a layer'):
