@@ -112,7 +112,7 @@ def _bound_branches(rehearsal: Rehearsal, units: list[Unit], options: Options) -
     """Want less of the layers that end residual branches."""
     ends = branch_ends(rehearsal, [unit.module for unit in units if not unit.status])
     at_end = [unit for unit in units if unit.module in ends]
-    rehearsal.ranks.agree("which layers end residual branches", [unit.name for unit in at_end])
+    rehearsal.ranks.agree("which layers end residual branches", [len(ends), *(unit.name for unit in at_end)])
     if not at_end:
         why = "no residual branch ends in a layer that is corrected and whose scale comes to the sum"
         warnings.warn(f"residual=True changes nothing: {why}", stacklevel=4)

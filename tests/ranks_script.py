@@ -50,6 +50,10 @@ def broadcast_on_the_cpu(self, t, rank):
 def conv(n_in, n_out, *more): return nn.Conv2d(n_in, n_out, 3, 2, 1), *more, nn.ReLU(inplace=True)
 
 
+class Branch(nn.Sequential):
+    def forward(self, x): return x + super().forward(x)
+
+
 class Either(nn.Module):
     "Which layer runs depends on the data, and so on the rank."
 
@@ -60,7 +64,8 @@ class Either(nn.Module):
 MODELS = {'plain': lambda *stumble: nn.Sequential(*conv(1, 8), *stumble, *conv(8, 8), nn.Flatten(), nn.Linear(32, 10)),
           'norms': lambda: nn.Sequential(*conv(1, 8, nn.BatchNorm2d(8)), *conv(8, 8, nn.BatchNorm2d(8)), nn.Flatten(), nn.Linear(32, 10)),
           'blocks': lambda: nn.Sequential(nn.Sequential(*conv(1, 8)), nn.Sequential(*conv(8, 8), nn.Flatten()), nn.Sequential(nn.Linear(32, 10))),
-          'shared': lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Tanh(), Shared(2, torch.tanh), nn.Linear(3, 10)), 'either': Either}
+          'shared': lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Tanh(), Shared(2, torch.tanh), nn.Linear(3, 10)), 'either': Either,
+          'branches': lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10), *(Branch(nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 10)) for _ in range(2)))}
 ERRORS = {'value': lambda: ValueError('record 7 is broken'), 'memory': lambda: torch.OutOfMemoryError('record 7 is too large'), 'none': lambda: RuntimeError(),
           'its own': lambda: Picky(7, 'a record'), 'interrupt': lambda: KeyboardInterrupt()}
 

@@ -3,6 +3,7 @@ import re
 import warnings
 from fnmatch import fnmatch
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -13,7 +14,7 @@ from audit import fingerprint, moved, outputs_of, parameter_bits, rng_print
 from fastai.layers import ResBlock
 from fastai.learner import Learner
 from fastai.vision.core import TensorImage
-from fastai.vision.models.xresnet import XResNet
+from fastai.vision.models.xresnet import XResNet, xresnet18
 from models import convnet, images, mlp, rows
 from torch import nn
 from transformers import (
@@ -85,7 +86,8 @@ def test_the_ends_of_branches_are_found(case):
 @pytest.mark.parametrize('make,batch', [
     (lambda: torchvision.models.resnet18(), images(2, side=64)), (lambda: torchvision.models.densenet121(), images(2, side=64)),
     (lambda: timm.create_model('efficientnet_b0'), images(2, side=64)), (lambda: timm.create_model('hrnet_w18_small'), images(2, side=64)),
-    (convnet, images()), (lambda: mlp(10, 20, 5), rows())], ids=['ResNet-18', 'DenseNet', 'EfficientNet', 'HRNet', 'plain', 'MLP'])
+    (lambda: xresnet18(), images(2, side=64)), (lambda: timm.create_model('resnet18', zero_init_last=True), images(2, side=64)),
+    (convnet, images()), (lambda: mlp(10, 20, 5), rows())], ids=['ResNet-18', 'DenseNet', 'EfficientNet', 'HRNet', 'xresnet, norms from 0', 'timm ResNet-18, norms from 0', 'plain', 'MLP'])
 def test_a_norm_behind_the_last_layer_or_no_sum_at_all_leaves_nothing_to_bound(make, batch):
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match=r'residual=True changes nothing: no residual branch ends in a layer'):
@@ -116,7 +118,12 @@ WAYS = {'plus': lambda net, x, inner, last: x + last(inner(x).relu()), 'the othe
         'minus': lambda net, x, inner, last: x - last(inner(x).relu()), 'torch.add': lambda net, x, inner, last: torch.add(x, last(inner(x).tanh()), alpha=.5),
         'in place': in_place, 'through views': lambda net, x, inner, last: (x.T + last(inner(x).relu()).T).T, 'through dropout': lambda net, x, inner, last: x + F.dropout(last(inner(x)), training=net.training),
         'through a gain': lambda net, x, inner, last: x + net.gain * last(inner(x).relu()), 'through ReLU': lambda net, x, inner, last: x + last(inner(x).relu()).relu(),
-        'through a gate': lambda net, x, inner, last: x + inner(x).sigmoid() * last(x)}
+        'through a gate': lambda net, x, inner, last: x + inner(x).sigmoid() * last(x), 'out=': lambda net, x, inner, last: torch.add(x, last(inner(x).relu()), out=x),
+        'through pooling': lambda net, x, inner, last: x + F.max_pool1d(last(inner(x).relu()), 3, 1, 1),
+        'through a leaky ReLU by hand': lambda net, x, inner, last: x + (y := last(inner(x).relu())).where(y > 0, .1 * y),
+        'rsub': lambda net, x, inner, last: torch.rsub(last(inner(x).relu()), x), 'lerp': lambda net, x, inner, last: torch.lerp(x, last(inner(x).relu()), .5),
+        'noise before it': lambda net, x, inner, last: x + last((inner(x) + .1 * torch.randn_like(x)).relu()),
+        'gathered in zeros': lambda net, x, inner, last: x + torch.zeros_like(x).index_add_(0, torch.arange(len(x)), last(inner(x).relu()))}
 
 
 @pytest.mark.parametrize('way', WAYS)
@@ -135,6 +142,18 @@ def test_what_fastai_feeds_and_what_fills_a_buffer_is_followed():
 
     for add, x in ((through_buffer, rows()), (WAYS['plus'], TensorImage(rows()))):
         assert at_end(lsuv_(Net(add), x, residual=True)) == ['last.0', 'last.1']
+
+
+def test_squeeze_and_excite_leaves_the_scale_to_what_it_weighs():
+    net = Net(lambda net, x, inner, last: x + (y := last(inner(x).relu())) * net.gate(y.mean(0, keepdim=True)).sigmoid())
+    net.gate = nn.Linear(12, 12)
+    assert at_end(lsuv_(net, rows(), residual=True)) == ['last.0', 'last.1']
+
+
+def test_inputs_in_an_object_of_ones_own_are_followed_from_the_first_layer():
+    net = Net(WAYS['plus'])
+    net.register_forward_pre_hook(lambda module, args: (args[0].x,))
+    assert at_end(lsuv_(net, (SimpleNamespace(x=rows()),), residual=True)) == ['last.0', 'last.1']
 
 
 def test_attention_of_higher_order_is_followed():
@@ -167,10 +186,23 @@ def test_the_callback_has_it_too():
     assert at_end(learn.lsuv_report) == ['2.f.3', '3.f.3']
 
 
-@pytest.mark.parametrize('way', ['tanh', 'norm'])
-def test_what_does_not_come_to_the_sum_with_its_scale_ends_nothing(way):
-    squash = torch.tanh if way == 'tanh' else lambda y: F.layer_norm(y, y.shape[1:])
+def rms_norm(y): return y * torch.rsqrt(y.pow(2).mean(1, keepdim=True) + 1e-6)
+def standardised(y): return (y - y.mean(1, keepdim=True)) / (y.var(1, keepdim=True) + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize('squash', [torch.tanh, lambda y: F.layer_norm(y, y.shape[1:]), rms_norm, standardised, F.normalize, lambda y: y * y.sigmoid()],
+                         ids=['tanh', 'norm', 'RMS norm by hand', 'norm by hand', 'length 1', 'swish by hand'])
+def test_what_does_not_come_to_the_sum_with_its_scale_ends_nothing(squash):
     with pytest.warns(UserWarning, match='changes nothing'): report = lsuv_(Net(lambda net, x, inner, last: x + squash(last(inner(x).relu()))), rows(), residual=True)
+    assert {round(row.std_after, 3) for row in report} == {1.}
+
+
+@pytest.mark.parametrize('squash', [torch.tanh, F.gelu, rms_norm], ids=['tanh', 'GELU', 'norm'])
+def test_nor_where_its_output_is_so_small_that_all_scales(squash):
+    net = Net(lambda net, x, inner, last: x + squash(last(inner(x).relu())))
+    with torch.no_grad():
+        for last in net.last: last.weight.mul_(1e-6), last.bias.mul_(1e-6)
+    with pytest.warns(UserWarning, match='changes nothing'): report = lsuv_(net, rows(), residual=True)
     assert {round(row.std_after, 3) for row in report} == {1.}
 
 

@@ -68,7 +68,8 @@ def assert_rows(rows, report, rel=1e-4):
 # --- one set of weights, from the statistics of both ---------------------------------------------------------------------------------
 
 CASES = {'as it is': {}, 'by channel': {'per_channel': True}, 'targets': {'mean': .25, 'std': .5}, 'a shared layer': {'model': 'shared'},
-         'blocks': {'model': 'blocks', 'modules': nn.Module.children}, 'some': {'exclude': '0'}}
+         'blocks': {'model': 'blocks', 'modules': nn.Module.children}, 'some': {'exclude': '0'},
+         'branches': {'model': 'branches', 'residual': True}}
 
 
 @pytest.mark.parametrize('given', [True, False], ids=['a batch each', 'from the loaders'])
