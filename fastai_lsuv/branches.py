@@ -33,7 +33,8 @@ def branch_ends(rehearsal: Rehearsal, layers: Collection[nn.Module]) -> list[nn.
 
     A residual branch is added to what it began from, or to what went past it through one layer at most. It
     ends with the layer whose output still has its scale when it comes to that sum: directly, through a view, ReLU or
-    LayerScale, but not through a normalisation or a tanh.
+    LayerScale, but not through a normalisation or a tanh. A branch that begins at zero on purpose is bounded already:
+    it has no end here.
     """
     trace = _Trace()
     with hooked(dict.fromkeys(layers, trace.leave), {rehearsal.model: trace.enter}), trace:

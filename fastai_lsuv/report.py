@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from statistics import median
 from typing import TYPE_CHECKING, overload
 
 import pandas as pd
@@ -102,7 +103,8 @@ class LSUVReport(Sequence[Row]):
                 before, after = (_farthest(judged, f"{what}_{when}", wanted) for when in ("before", "after"))
                 parts.append(f"worst {what} {before}" if only_measured else f"worst {what} {before} → {after}")
         if at_end := [row for row in done if ENDS_BRANCH in row.reason]:
-            parts.append(f"{len(at_end)} that end a branch {_farthest(at_end, 'std_after', math.inf)}")
+            usual = median(row.std_after for row in at_end)
+            parts.append(f"{len(at_end)} that end a branch {_farthest(at_end, 'std_after', usual)}")
         parts.append(f"{self.seconds:.2f} s")
         return "; ".join([", ".join(parts), *self._left()])
 

@@ -30,8 +30,9 @@ from transformers import (
     T5Model,
 )
 
-from fastai_lsuv import LSUVCallback, lsuv_
+from fastai_lsuv import LSUVCallback, LSUVReport, lsuv_
 from fastai_lsuv.demo import digits_dls
+from fastai_lsuv.report import Row
 
 TEXT = dict(input_ids=torch.randint(0, 100, (4, 12), generator=torch.Generator().manual_seed(0)))
 SMALL = dict(vocab_size=100, n_embd=32, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0)
@@ -284,3 +285,8 @@ def test_bad_values_leave_the_model_alone(options, error):
     bits = parameter_bits(net)
     with pytest.raises(error, match='residual='): lsuv_(net, rows(), **options)
     assert not moved(bits, net)
+
+
+def test_the_summary_tells_the_branch_that_is_farthest_off():
+    rows = [Row(f'{i}', 'Linear', 1, 0., 1., 0., std, 1, 'corrected' if std == .5 else 'not_converged', 'ends a branch') for i, std in enumerate([.5, .5, .7, .5])]
+    assert LSUVReport(rows, 4, 1.).summary().startswith('LSUV: 3 of 4 layers right, worst mean 0.0000 → 0.0000, 4 that end a branch 0.7000')
