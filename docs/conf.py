@@ -25,25 +25,26 @@ nbs/0*
 :caption: Look up
 
 docs/reference
-nbs/architectures
+Every architecture <nbs/architectures>
 CHANGELOG
 CONTRIBUTING
 ```
 """
 
 project = "fastai_lsuv"
-author = copyright = "fastai_lsuv contributors"  # noqa: A001
+author = copyright = "fastai_lsuv contributors"
 version = release = fastai_lsuv.__version__
 
 root_doc = "README"
 include_patterns = ["*.md", "docs/*.md", "nbs/*.md", "nbs/*.ipynb"]
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "autodocments"]
 
+nb_merge_streams = True
 nb_execution_mode = "off"  # the notebooks are committed as they ran; the tests run them again
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]
 
-smartquotes = False
+smartquotes_action = "D"  # dashes only: quotes may be code
 default_role = "code"  # docstrings have `names` in single backticks, as Markdown has
 add_module_names = False
 autodoc_typehints = "none"  # autodocments.py puts the types beside the meanings

@@ -32,7 +32,7 @@ class LSUVCallback(Callback):
     The method is Mishkin & Matas's (2016, arXiv:1511.06422), with the mean correction of the fast.ai course (2019).
 
     Raises:
-        ValueError: an option out of its range; when a fit starts, whatever `lsuv_` raises, and the next fit tries again.
+        ValueError: an option out of its range. A fit raises what else `lsuv_` does, and the next one tries again.
         TypeError: an option of a wrong type, or one that `lsuv_` doesn't have.
 
     Example:

@@ -86,8 +86,8 @@ def plain_cnn(
 ) -> nn.Sequential:  # its layers `conv1`, `act1`, `conv2`, … `head`
     """A plain deep CNN for 8x8 images of one channel: no normalisation, no shortcut, PyTorch's default weights.
 
-    Two of the 3x3 convolutions, a third and two thirds down, halve the image: 8x8, 4x4, 2x2. In the spirit of the FitNets
-    that Mishkin & Matas (2016, arXiv:1511.06422) train: thin, deep, and hard to start.
+    Two of the 3x3 convolutions, a third and two thirds down, halve the image: 8x8, 4x4, 2x2. Thin and deep, it is as
+    hard to start as the FitNets of the LSUV paper (Mishkin & Matas 2016, arXiv:1511.06422).
 
     Raises:
         ValueError: fewer than 3 layers.

@@ -62,9 +62,9 @@ def lsuv_(
         >>> import torch
         >>> from torch import nn
         >>> from fastai_lsuv import lsuv_
-        >>> model, batch = nn.Sequential(nn.Linear(20, 50), nn.ReLU(), nn.Linear(50, 5)), torch.randn(64, 20)
-        >>> report = lsuv_(model, batch, init=nn.init.orthogonal_)
-        >>> report.converged, report.n_forward, round(model(batch).std().item(), 3)
+        >>> model, x = nn.Sequential(nn.Linear(20, 50), nn.ReLU(), nn.Linear(50, 5)), torch.randn(64, 20)
+        >>> report = lsuv_(model, x, init=nn.init.orthogonal_)
+        >>> report.converged, report.n_forward, round(model(x).std().item(), 3)
         (True, 3, 1.0)
     """
     options = Options(mean, std, per_channel, modules, exclude, init, tol, max_iter)

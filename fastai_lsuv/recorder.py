@@ -27,11 +27,11 @@ from fastai_lsuv.rehearsal import RandomState
 class ActivationStatsRecorder(Reading, Callback):
     """Record statistics of the layers' outputs during training: a fastai `Callback`, in place of its `ActivationStats`.
 
-    One history over several fits. Of each recorded batch and layer: mean and std of the output, and the share of it that is near zero. Nothing in
-    training changes, to the bit. A hook copies a sample of the output (about `fastai_lsuv.sampling.SAMPLE` values,
-    evenly spread: mean and std are within 2 % of the std; all values of smaller outputs) and waits for nothing. Of it,
-    shares and histograms count about 4,096 values. What the samples show leaves the device in bulk. A compiled model
-    runs uncompiled in the batches that are recorded.
+    One history over several fits. Of each recorded batch and layer: mean and std of the output, and the share of it
+    that is near zero. Nothing in training changes, to the bit. A hook copies a sample of the output (about
+    `fastai_lsuv.sampling.SAMPLE` values, evenly spread: mean and std are within 2 % of the std; all values of smaller
+    outputs) and waits for nothing. Of it, shares and histograms count about 4,096 values. What the samples show leaves
+    the device in bulk. A compiled model runs uncompiled in the batches that are recorded.
 
     Raises:
         ValueError: `every` or `max_records` below 1, `near_zero` below 0; when a fit starts, names that match nothing
