@@ -144,8 +144,7 @@ class LSUVReport(Sequence[Row]):
         if not self.rows:
             return self.summary()
         table = self._table()
-        text = [column for column in table if column in ("name", "type", "status", "reason")]
-        for column in text:  # pandas aligns to the right
+        for column in ("name", "type", "status", "reason"):  # pandas aligns to the right
             width = max(map(len, [column, *table[column]]))
             table[column] = table[column].str.ljust(width)
             table = table.rename(columns={column: column.ljust(width)})
