@@ -11,6 +11,7 @@ The rooms, each built on those above it only:
     rehearsal    a forward pass as training will see it, everything restored
     units        what is measured and corrected
     survey       the first pass: which units there are
+    branches     which layers end a residual branch
     solver       a dial for what no single step corrects
     step         the exact step
     block        a block, run again until it is right

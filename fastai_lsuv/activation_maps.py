@@ -14,7 +14,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from fastai_lsuv.figure import PALE, Floats, finish, mark_epochs, new_figure, shortened
+from fastai_lsuv.figure import GREY, Floats, finish, mark_epochs, new_figure, shortened
 
 __all__ = ["plot_dead", "plot_hist", "plot_hists"]
 
@@ -31,7 +31,7 @@ def plot_dead(
 ) -> Figure:
     """Draw the share of near-zero activations: a row a layer, the first one on top, a column a training record.
 
-    The scale is 0 to 100 % in every figure. A layer that wasn't called in a record leaves a pale patch there.
+    The scale is 0 to 100 % in every figure. A layer that wasn't called in a record leaves a hatched patch there.
     """
     layers = list(frame["layer"].unique())
     rows = frame[frame["phase"] == "train"]
@@ -125,9 +125,10 @@ def _map(
     colors: tuple[float, float],
     colormap: str,
 ) -> ScalarMappable:
-    """An image with a column from each step to the next, of the colours' range `colors`."""
+    """An image with a column from each step to the next, of the colours' range `colors`; gaps are hatched."""
     values, edges = _columns(values, np.asarray(steps, float))
-    cmap = matplotlib.colormaps[colormap].with_extremes(bad=PALE)
+    cmap = matplotlib.colormaps[colormap].with_extremes(bad="none")  # no colour is far from all of the map's
+    ax.patch.set(hatch="////", edgecolor=GREY, linewidth=0.0)
     image = ax.pcolorfast(edges, np.linspace(*rows, len(values) + 1), values, cmap=cmap)
     image.set_clim(*colors)
     ax.set(xlim=edges[[0, -1]], ylim=rows)

@@ -43,12 +43,12 @@ def is_right(seen: Moments, options: Options, tol: float, centred: bool) -> bool
     return error(seen, options, centred) <= tol
 
 
-def correct_block(unit: Unit, dial: Dial, seen: Moments, run: Callable[[], Moments], options: Options) -> None:
-    """Turn the dial until the output that `run` measures is as wanted, or to where it is nearest."""
-    solver, best, centre = Broyden(), (math.inf, dial.position), 0.0
+def correct_block(unit: Unit, dial: Dial, seen: Moments, run: Callable[[], Moments]) -> bool:
+    """Turn the dial until the output that `run` measures is as wanted, or to where it is nearest; is it right then?"""
+    options, solver, best, centre = unit.options, Broyden(), (math.inf, dial.position), 0.0
     for tries in range(options.max_iter):
         if is_right(seen, options, options.tol / 2, dial.shifts):
-            return
+            return True
         target = solver.next(dial.position, dial.image(seen))
         if tries == 0 and options.std is not None:
             target[1:] = 0
@@ -60,10 +60,11 @@ def correct_block(unit: Unit, dial: Dial, seen: Moments, run: Callable[[], Momen
             dial.reset()
             if abs(effect) < _NO_EFFECT:
                 unit.skip("weight has no effect on scale")
-            return
+            return False
         unit.n_iter += 1
         best = min(best, (error(seen, options, dial.shifts), dial.position), key=lambda pair: pair[0])
     dial.turn(best[1])
+    return best[0] <= options.tol
 
 
 def _effect(log_factor: float, before: Moments, after: Moments) -> float:

@@ -85,7 +85,7 @@ class Correction:
         if seen.n < 2:
             self.hopeless[unit] = TOO_FEW
             return output
-        step = one_step(unit, y, seen, self.options, self.rehearsal.ranks)
+        step = one_step(unit, y, seen, self.rehearsal.ranks)
         if not is_known_affine(unit.module) and unit not in self.first:
             self.first[unit] = [p.detach().clone() for p in unit.parameters]
         for p in unit.parameters:
@@ -108,7 +108,7 @@ class Correction:
             if not_finite or (constant and not unit.n_iter):
                 self.hopeless[unit] = "non-finite output" if not_finite else "constant output"
             elif constant:
-                unit.reason = "constant output"  # in some channels
+                unit.note("constant output")  # in some channels
 
     def _settle(self) -> bool:
         """Skip what could not be corrected; returns whether a unit was put back, so that those behind it are off."""
@@ -156,8 +156,8 @@ class Correction:
         judged = unit in self.first and not (unit.status or unit.is_block or unit.is_shared or self.options.per_channel)
         if not judged or not unit.n_iter or unit.after is None:
             return False
-        allowed = _HAD_ITS_EFFECT * max(1.0, self.options.std or 1.0)
-        return not error(unit.after, self.options, unit.can_shift) <= allowed
+        allowed = _HAD_ITS_EFFECT * max(1.0, unit.options.std or 1.0)
+        return not error(unit.after, unit.options, unit.can_shift) <= allowed
 
     # a block that is called once: it is run again, alone, until it is right
 
@@ -168,14 +168,28 @@ class Correction:
             return None
         shifts = unit.can_shift and (unit.shift is not None or not self._one_sided(unit, y, seen))
         self._note_kept_mean(unit, shifts)
-        dial = Dial(unit, self.options, self.rehearsal, shifts, seen)
+        dial = Dial(unit, self.rehearsal, shifts, seen)
         with self.rehearsal.replay(unit.module) as run:
-            correct_block(unit, dial, seen, lambda: self._moments(unit, _first(run(call))), self.options)
+
+            def measure() -> Moments:
+                return self._moments(unit, _first(run(call)))
+
+            right = correct_block(unit, dial, seen, measure)
+            if dial.shifts and not right and self._has_become_one_sided(unit, _first(run(call))):
+                dial.reset()
+                unit.n_iter = 0
+                self._note_kept_mean(unit, False)
+                dial = Dial(unit, self.rehearsal, False, seen)
+                correct_block(unit, dial, seen, measure)
             return run(call) if unit.n_iter else None
+
+    def _has_become_one_sided(self, unit: Unit, y: Tensor) -> bool:
+        """Whether the output had two signs only while it was small, as that of GELU, which is nearly linear there."""
+        return unit.n_iter > 0 and unit.shift is None and self._one_sided(unit, y, self._moments(unit, y))
 
     def _note_kept_mean(self, unit: Unit, shifts: bool) -> None:
         if unit.can_shift and not shifts and self.options.mean is not None:
-            unit.reason = "one sign, mean kept"
+            unit.note("one sign, mean kept")
 
     # a unit that is called several times: judged over all its calls, turned between passes
 
@@ -191,14 +205,14 @@ class Correction:
         return output
 
     def _was_right(self, unit: Unit) -> bool:
-        return unit.before is not None and error(unit.before, self.options, unit.can_shift) <= self.options.tol / 2
+        return unit.before is not None and error(unit.before, unit.options, unit.can_shift) <= self.options.tol / 2
 
     def _set_up_dials(self, shared: dict[Unit, Moments]) -> None:
         for unit, seen in shared.items():
             if unit not in self.dials:
                 shifts = unit.can_shift and (unit.shift is not None or not self.one_sided.get(unit))
                 self._note_kept_mean(unit, shifts)
-                self.dials[unit] = Dial(unit, self.options, self.rehearsal, shifts, seen)
+                self.dials[unit] = Dial(unit, self.rehearsal, shifts, seen)
         if self.turned != list(shared):  # other unknowns than before
             self.turned, self.solver, self.best = list(shared), Broyden(), (math.inf, [])
 
@@ -207,7 +221,7 @@ class Correction:
         self.hopeless |= {unit: reason for unit, seen in self.pooled.items() if (reason := _hopeless(seen))}
         shared = {unit: seen for unit, seen in self.pooled.items() if unit not in self.hopeless}
         self._set_up_dials(shared)
-        errors = [error(seen, self.options, self.dials[unit].shifts) for unit, seen in shared.items()]
+        errors = [error(seen, unit.options, self.dials[unit].shifts) for unit, seen in shared.items()]
         if max(errors, default=0.0) <= self.options.tol / 2:
             return False
         here = [self.dials[unit].position for unit in shared]

@@ -19,6 +19,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter, SymmetricalLogLocator
 
 __all__ = [
+    "GREY",
     "INK",
     "PALE",
     "Bools",
@@ -44,7 +45,7 @@ Bools = npt.NDArray[np.bool_]
 
 
 class _DisplayedFigure(Figure):
-    """A `Figure` that a notebook shows once.
+    """A `Figure` that a notebook shows once, and that looks the same in any style.
 
     Unlike pyplot's, a plain `Figure` isn't shown at the end of a cell, and as a cell's value it is shown only where
     pyplot's inline backend was switched on before. There, IPython prefers that backend's formatter to this method.
@@ -52,8 +53,18 @@ class _DisplayedFigure(Figure):
 
     def _repr_png_(self) -> bytes:
         png = BytesIO()
-        self.savefig(png, format="png", bbox_inches="tight", facecolor=self.get_facecolor())
+        self.savefig(png, format="png", bbox_inches="tight")
         return png.getvalue()
+
+    def add_subplot(self, *args: Any, **options: Any) -> Any:
+        """As any figure's, but without the dashes and markers of a user's cycle of styles."""
+        ax = super().add_subplot(*args, **options)
+        ax.set_prop_cycle(color=[INK])
+        return ax
+
+    def savefig(self, fname: Any, **options: Any) -> None:
+        """As any figure's, but on its own paper, whatever `rcParams["savefig.facecolor"]` says: the ink is dark."""
+        super().savefig(fname, **{"facecolor": self.get_facecolor(), **options})
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -96,8 +107,9 @@ def scale_mean(ax: Axes, means: npt.ArrayLike, center: float, unit: float) -> No
     """Symlog where one layer's mean would press all the others flat; and rounding errors aren't to fill the axis."""
     farthest = np.abs(_finite(means) - center).max(initial=0.0) / unit
     if farthest > SYMLOG_FROM:
-        ax.set_yscale("symlog", linthresh=unit, linscale=max(2.0, np.log10(farthest) / 4))
-        ticks = SymmetricalLogLocator(base=10.0, linthresh=unit)
+        threshold = 10.0 ** np.ceil(np.log10(unit))  # a tick's place: ticks nearer to 0 would stand on one another
+        ax.set_yscale("symlog", linthresh=threshold, linscale=max(2.0, np.log10(farthest) / 4))
+        ticks = SymmetricalLogLocator(base=10.0, linthresh=threshold)
         ticks.set_params(numticks=8)
         ax.yaxis.set_major_locator(ticks)
         ax.margins(y=0.1)

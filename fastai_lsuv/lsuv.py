@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from fastai_lsuv.block import is_right
+from fastai_lsuv.branches import branch_ends
 from fastai_lsuv.correction import Correction
 from fastai_lsuv.errors import add_to_message
 from fastai_lsuv.hooks import hooked
@@ -22,7 +23,7 @@ from fastai_lsuv.options import Options
 from fastai_lsuv.probe import first_tensor
 from fastai_lsuv.ranks import Ranks
 from fastai_lsuv.rehearsal import Rehearsal
-from fastai_lsuv.report import LSUVReport, Row
+from fastai_lsuv.report import ENDS_BRANCH, LSUVReport, Row
 from fastai_lsuv.stats import Moments, fetched, moments
 from fastai_lsuv.step import EXACT
 from fastai_lsuv.survey import survey
@@ -44,6 +45,7 @@ def lsuv_(
     init: Callable[..., Any] | None = None,  # in-place initialiser of each chosen weight first, biases are zeroed
     tol: float = 1e-3,  # for blocks and shared layers, where one step is not exact; of `std` where that is below 1
     max_iter: int = 10,  # steps at most, for the same
+    residual: bool = False,  # the last layers of n residual branches get std/√n: their sum doesn't grow with depth
 ) -> LSUVReport:  # a row for each unit, in execution order: moments before and after, status, reason
     """Scale and shift each layer's weights so that its output on `batch` has the wanted mean and standard deviation.
 
@@ -67,7 +69,7 @@ def lsuv_(
         >>> report.converged, report.n_forward, round(model(x).std().item(), 3)
         (True, 3, 1.0)
     """
-    options = Options(mean, std, per_channel, modules, exclude, init, tol, max_iter)
+    options = Options(mean, std, per_channel, modules, exclude, init, tol, max_iter, residual)
     return run(model, batch, options, Ranks())
 
 
@@ -79,6 +81,10 @@ def run(model: nn.Module, batch: Any, options: Options, ranks: Ranks) -> LSUVRep
         units = survey(rehearsal, options.modules, options.exclude, options.per_channel)
         if not units:
             warnings.warn(f"{type(model).__name__} has nothing to correct: no affine layer", stacklevel=3)
+        for unit in units:
+            unit.options = options
+        if options.residual:
+            _bound_branches(rehearsal, units, options)
         if not options.only_measures:
             for unit in units:
                 if unit.reason == TOO_FEW:
@@ -87,11 +93,11 @@ def run(model: nn.Module, batch: Any, options: Options, ranks: Ranks) -> LSUVRep
             correction = Correction(rehearsal, units, options)
             correction.run()
         _observe(rehearsal, units, options)
-        while not options.only_measures and correction.put_right([u for u in units if _may_get_better(u, options)]):
+        while not options.only_measures and correction.put_right([u for u in units if _may_get_better(u)]):
             correction.run()
             _observe(rehearsal, units, options)
         ranks.finish()
-    rows = [_row(unit, options) for unit in units]
+    rows = [_row(unit) for unit in units]
     return LSUVReport(rows, rehearsal.n_forward, time.perf_counter() - started, options.mean, options.std)
 
 
@@ -109,6 +115,19 @@ def _check(model: nn.Module, batch: Any) -> None:
 def _is_mask(x: Tensor) -> Tensor:
     """Whether a tensor is nothing but zeros and minus infinities: added to attention scores, it switches some off."""
     return ((x == 0) | (x == -torch.inf)).all() & (x == 0).any()
+
+
+def _bound_branches(rehearsal: Rehearsal, units: list[Unit], options: Options) -> None:
+    """Want less of the layers that end residual branches."""
+    ends = branch_ends(rehearsal, [unit.module for unit in units if not unit.status])
+    at_end = [unit for unit in units if unit.module in ends]
+    rehearsal.ranks.agree("which layers end residual branches", [unit.name for unit in at_end])
+    if not at_end:
+        why = "no residual branch ends in a layer that is corrected and whose scale comes to the sum"
+        warnings.warn(f"residual=True changes nothing: {why}", stacklevel=4)
+    for unit in at_end:
+        unit.options = options.for_branches(len(ends))
+        unit.note(ENDS_BRANCH)
 
 
 def _reinitialise(unit: Unit, options: Options, rehearsal: Rehearsal) -> None:
@@ -159,38 +178,40 @@ def _observe(rehearsal: Rehearsal, units: list[Unit], options: Options) -> None:
         unit.after = home
 
 
-def _row(unit: Unit, options: Options) -> Row:
+def _row(unit: Unit) -> Row:
     if not unit.status:
-        unit.status = _status(unit, options)
-    before, after = _numbers(unit.before, options), _numbers(unit.after, options)
+        unit.status = _status(unit)
+    before, after = _numbers(unit.before, unit.options), _numbers(unit.after, unit.options)
     return Row(
         unit.name, type(unit.module).__name__, unit.n_calls, *before, *after, unit.n_iter, unit.status, unit.reason
     )
 
 
-def _status(unit: Unit, options: Options) -> str:
-    if options.only_measures:
+def _status(unit: Unit) -> str:
+    if unit.options.only_measures:
         return "unchanged"
-    if not _is_right(unit, options):
+    if not _is_right(unit):
         return "not_converged"
     return "corrected" if unit.n_iter else "unchanged"
 
 
-def _may_get_better(unit: Unit, options: Options) -> bool:
+def _may_get_better(unit: Unit) -> bool:
     """Whether it isn't right, or only by the allowance for a mean that dwarfed the std, as it may do no longer."""
-    return not _is_right(unit, options) or (unit.ratio > _LARGE and not _is_right(unit, options, exactly=True))
+    return not _is_right(unit) or (unit.ratio > _LARGE and not _is_right(unit, exactly=True))
 
 
-def _is_right(unit: Unit, options: Options, exactly: bool = False) -> bool:
+def _is_right(unit: Unit, exactly: bool = False) -> bool:
     if unit.after is None:
         return False
+    options = unit.options
     tol = options.tol if unit.is_block or unit.is_shared else EXACT
-    centred = unit.can_shift and not unit.reason.endswith("mean kept")
-    return is_right(unit.after, options, tol + (0.0 if exactly else _rounding(unit, options)), centred)
+    centred = unit.can_shift and "mean kept" not in unit.reason
+    return is_right(unit.after, options, tol + (0.0 if exactly else _rounding(unit)), centred)
 
 
-def _rounding(unit: Unit, options: Options) -> float:
+def _rounding(unit: Unit) -> float:
     """What the output's precision allows to be off: a few eps, times |mean| / std where the mean dwarfs the std."""
+    options = unit.options
     assert unit.after is not None
     std = options.std or float(unit.after.std.max())
     size = max(1.0, unit.ratio, abs(options.mean or 0.0) / std) * max(1.0, std)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Real
 from typing import Any
 
@@ -24,6 +24,7 @@ class Options:
     init: Callable[..., Any] | None = None
     tol: float = 1e-3
     max_iter: int = 10
+    residual: bool = False
 
     @classmethod
     def of(cls, name: str, kwargs: Mapping[str, Any]) -> Options:
@@ -36,12 +37,7 @@ class Options:
         return cls(**kwargs)
 
     def __post_init__(self) -> None:
-        for name in ("mean", "std", "tol", "max_iter"):
-            value = getattr(self, name)
-            kind = int if name == "max_iter" else Real
-            optional = name in ("mean", "std") and value is None
-            if not optional and (not isinstance(value, kind) or isinstance(value, bool)):
-                raise TypeError(f"{name}={value!r}: expected a {'whole number' if kind is int else 'number'}")
+        self._check_types()
         if self.mean is not None and not math.isfinite(self.mean):
             raise ValueError(f"mean={self.mean!r}: expected a finite number, or None to leave means alone")
         if self.std is not None and not 0 < self.std < math.inf:
@@ -50,8 +46,29 @@ class Options:
             raise ValueError(f"tol={self.tol!r}: expected a positive finite number")
         if self.max_iter < 1:
             raise ValueError(f"max_iter={self.max_iter!r}: expected a whole number of at least 1")
+        if self.residual and self.std is None:
+            raise ValueError("residual=True with std=None: it is by their std that branches are bounded")
+
+    def _check_types(self) -> None:
+        for name in ("mean", "std", "tol", "max_iter"):
+            value = getattr(self, name)
+            kind = int if name == "max_iter" else Real
+            optional = name in ("mean", "std") and value is None
+            if not optional and (not isinstance(value, kind) or isinstance(value, bool)):
+                raise TypeError(f"{name}={value!r}: expected a {'whole number' if kind is int else 'number'}")
+        if not isinstance(self.residual, bool):
+            raise TypeError(f"residual={self.residual!r}: expected True or False")
         if self.init is not None and not callable(self.init):
             raise TypeError(f"init={self.init!r}: expected an in-place initialiser such as nn.init.orthogonal_")
+
+    def for_branches(self, n: int) -> Options:
+        """Those for the ends of `n` residual branches, whose variances then add up to that of a single layer.
+
+        As GPT-2 does it (Radford et al. 2019); Hayou et al. 2021 (arXiv:2010.12859) show that 1/√n keeps signal and
+        gradients bounded at any depth.
+        """
+        assert self.std is not None
+        return replace(self, std=self.std / math.sqrt(n))
 
     @property
     def small(self) -> float:

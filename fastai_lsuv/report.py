@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STATUSES = ("corrected", "unchanged", "skipped", "not_converged")
+ENDS_BRANCH = "ends a branch"  # the reason for a smaller std than that of other layers
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,15 @@ class LSUVReport(Sequence[Row]):
         right = [row for row in done if row.status != "not_converged"]
         parts = [f"LSUV: {len(right)} of {len(self.rows)} layers {'measured' if only_measured else 'right'}"]
         if done:
-            for what, wanted in (("mean", self.mean or 0.0), ("std", self.std or 1.0)):
-                judged = [row for row in done if what == "std" or not row.reason.endswith("mean kept")]
-                if not judged:
+            for what, asked, wanted in (("mean", self.mean, self.mean or 0.0), ("std", self.std, self.std or 1.0)):
+                excused = "mean kept" if what == "mean" else ENDS_BRANCH
+                judged = [row for row in done if excused not in row.reason]
+                if not judged or (asked is None and not only_measured):  # what was left alone isn't right or wrong
                     continue
                 before, after = (_farthest(judged, f"{what}_{when}", wanted) for when in ("before", "after"))
                 parts.append(f"worst {what} {before}" if only_measured else f"worst {what} {before} → {after}")
+        if at_end := [row for row in done if ENDS_BRANCH in row.reason]:
+            parts.append(f"{len(at_end)} that end a branch {_farthest(at_end, 'std_after', math.inf)}")
         parts.append(f"{self.seconds:.2f} s")
         return "; ".join([", ".join(parts), *self._left()])
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastai_lsuv.options import Options
 from fastai_lsuv.rehearsal import Rehearsal
 from fastai_lsuv.stats import Moments
 from fastai_lsuv.units import Unit
@@ -46,11 +45,11 @@ class Dial:
     a unit with a homogeneous activation behind it (leaky ReLU) depends, but for a factor, on the second half alone.
     """
 
-    def __init__(self, unit: Unit, options: Options, rehearsal: Rehearsal, shifts: bool, seen: Moments) -> None:
+    def __init__(self, unit: Unit, rehearsal: Rehearsal, shifts: bool, seen: Moments) -> None:
         assert unit.carriers is not None
-        self.unit, self.options, self.adopt = unit, options, rehearsal.adopt
+        self.unit, self.options, self.adopt = unit, unit.options, rehearsal.adopt
         undo = rehearsal.undo
-        self.shifts = shifts and options.mean is not None
+        self.shifts = shifts and self.options.mean is not None
         self.parameters = unit.carriers.parameters
         for p in self.parameters:
             undo.remember(p)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastai_lsuv.modules import is_known_affine
-from fastai_lsuv.options import Options
 from fastai_lsuv.ranks import Ranks
 from fastai_lsuv.stats import Moments, at_hand
 from fastai_lsuv.units import Unit
@@ -25,13 +24,13 @@ class Step(NamedTuple):
     flags: Tensor  # changed, constant, not finite: each for any channel; and the largest |mean| / std
 
 
-def one_step(unit: Unit, y: Tensor, seen: Moments, options: Options, ranks: Ranks) -> Step:
+def one_step(unit: Unit, y: Tensor, seen: Moments, ranks: Ranks) -> Step:
     """The exact step for an affine unit with output `y`: W/s and (b - m)/s turn y = Wx + b into (y - m)/s.
 
     `seen` are the moments of y, on all ranks together. Decided on the device, without waiting for it: where nothing
     is to be done, the step is 1 and 0.
     """
-    mean, std = seen.mean, seen.std
+    mean, std, options = seen.mean, seen.std, unit.options
     shifts = unit.can_shift and options.mean is not None
     wanted_mean, wanted_std = options.mean or 0.0, options.std
     scale = torch.ones_like(std) if wanted_std is None else wanted_std / std

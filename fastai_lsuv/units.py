@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastai_lsuv.options import Options
 from fastai_lsuv.probe import Carriers
 from fastai_lsuv.stats import Moments
 
@@ -21,6 +22,7 @@ class Unit:
     name: str
     module: nn.Module
     carriers: Carriers | None  # None: a block without an affine layer
+    options: Options = field(default_factory=Options)  # what is wanted of it
     is_block: bool = False  # corrected by trying, through `layer`
     layer: nn.Module | None = None  # whose carriers a block uses, if not its own
     reason: str = ""  # why it is skipped, or what the user should know
@@ -38,6 +40,11 @@ class Unit:
     def skip(self, reason: str) -> None:
         """Leave it as it is, for a reason."""
         self.status, self.reason, self.n_iter = "skipped", reason, 0
+
+    def note(self, what: str) -> None:
+        """Say something about a unit that is corrected all the same."""
+        if what not in self.reason:
+            self.reason = f"{self.reason}; {what}" if self.reason else what
 
     def reconsider(self) -> None:
         """Correct it after all, if it gets more values than in the untouched network, as a detector's heads may."""

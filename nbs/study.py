@@ -63,17 +63,31 @@ ACTS = {"maxout": Maxout(), "relu": nn.ReLU(), "leaky 1/3": nn.LeakyReLU(1 / 3),
 def thin_cnn(act, depth, width):
     "After FitNets: depth - 1 thin 3x3 convolutions, two of which halve the image, and a linear head; no norms, no shortcuts."
     pieces = 2 if act == "maxout" else 1
-    layers, n_in = [], 1
+    blocks, n_in = [], 1
     for i in range(depth - 1):
         stride = 2 if i in ((depth - 1) // 3, 2 * (depth - 1) // 3) else 1
-        layers += [nn.Conv2d(n_in, width * pieces, 3, stride=stride, padding=1), ACTS[act]]
+        blocks.append(nn.Sequential(nn.Conv2d(n_in, width * pieces, 3, stride=stride, padding=1), ACTS[act]))
         n_in = width
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * 4, 10))
+    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(width * 4, 10))
+
+
+class Residual(nn.Module):
+    "x + f(x), and nothing that holds either."
+    def __init__(self, width):
+        super().__init__()
+        self.branch = nn.Sequential(nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
+    def forward(self, x): return x + self.branch(x)
+
+
+def residual_cnn(n, width):
+    "A convolution, n residual blocks of two, a linear head; no norms."
+    return nn.Sequential(nn.Conv2d(1, width, 3, stride=2, padding=1), *(Residual(width) for _ in range(n)), nn.ReLU(), nn.Flatten(), nn.Linear(width * 16, 10))
 
 
 NETS = {
     "xresnet": lambda: XResNet(ResBlock, 1, [1, 1, 1, 1], c_in=1, n_out=10, stem_szs=(8, 16, 64), widen=.25),
     "xresnet, no norm in blocks": lambda: XResNet(partial(ResBlock, norm_type=None), 1, [3, 3, 3, 3], c_in=1, n_out=10, stem_szs=(8, 16, 64), widen=.25),
+    "100 residual blocks, no norm": lambda: residual_cnn(100, 8),
     "ConvNeXt": lambda: nn.Sequential(ThreeChannels(), ConvNeXt([CNBlockConfig(24, 48, 3), CNBlockConfig(48, None, 3)], num_classes=10)),
     "ViT": lambda: nn.Sequential(ThreeChannels(), VisionTransformer(8, 2, 4, 4, 32, 64, num_classes=10)),
 }
@@ -85,10 +99,12 @@ LSUV = {
     "LSUV (paper)": dict(init=nn.init.orthogonal_, mean=None),
     "LSUV": dict(),
     "LSUV per channel": dict(per_channel=True),
+    "LSUV behind act.": dict(modules=nn.Module.children),  # a convolution and its activation, as one
     "LSUV delta-orthogonal": dict(init=delta_orthogonal_),
     "LSUV mirrored": dict(init=looks_linear_),  # and std=critical_std(act, depth)
 }
 INITS = ["default", *CLASSICAL, *LSUV]
+RESIDUAL = {"LSUV residual": dict(residual=True)}
 STDS = {f"LSUV mirrored, std {std:g}": dict(init=looks_linear_, std=std) for std in [.05, .1, .2, .5, 1, 2]}
 
 
@@ -99,7 +115,7 @@ def initialise(model, run):
             if isinstance(m, (nn.Conv2d, nn.Linear)):
                 CLASSICAL[run.init](m.weight)
                 if m.bias is not None: nn.init.zeros_(m.bias)
-    options = (LSUV | STDS).get(run.init)
+    options = (LSUV | RESIDUAL | STDS).get(run.init)
     if run.init == "LSUV mirrored" and run.net in ACTS and run.net != "maxout":  # of which a mirrored pair is linear
         options = options | dict(std=critical_std(ACTS[run.net], run.depth))
     return [LSUVCallback(verbose=False, **options)] if options is not None else []
@@ -162,7 +178,7 @@ def runs(full=False):
         yield from (Run("deep", a, d, w, "LSUV mirrored", lr, e, seed) for a, d, w, lr, e in deep(full))
         lrs = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2] if full else [1e-3, 3e-3, 1e-2]
         yield from (Run("table", a, 17, 16, i, lr, 5, seed) for i, lr, a in product(INITS, lrs, ACTS))
-        inits, lrs = (INITS, lrs) if full else (["default", "LSUV"], [1e-3, 3e-3])
+        inits = [*(INITS if full else ["default", "LSUV"]), *RESIDUAL]
         yield from (Run("norms", n, 0, 0, i, lr, 5, seed) for i, lr, n in product(inits, lrs, NETS))
         acts, inits = (ACTS, INITS) if full else (["relu", "tanh"], ["default", "LSUV (paper)", "LSUV", "LSUV mirrored"])
         yield from (Run("depth", a, d, 16, i, 1e-3, 5, seed) for d, a, i in product([5, 50, 100], acts, inits))
@@ -172,7 +188,7 @@ def runs(full=False):
 
 def deep(full):
     "The one setting for depth, `LSUVCallback(init=looks_linear_, std=critical_std(act, depth))`: layers, width, learning rate, epochs."
-    yield from [("sigmoid", 17, 24, 1e-2, 10), ("relu", 100, 24, 3e-4, 5), ("leaky 1/3", 100, 24, 3e-4, 5), ("tanh", 100, 24, 3e-4, 5)]
+    yield from [("sigmoid", 17, 24, 1e-2, 10), ("relu", 100, 24, 3e-4, 5), ("relu", 100, 25, 3e-4, 5), ("leaky 1/3", 100, 24, 3e-4, 5), ("tanh", 100, 24, 3e-4, 5)]
     if full: yield from [("relu", 1000, 16, 1e-4, 5), ("tanh", 1000, 16, 1e-4, 5)]
 
 
@@ -212,7 +228,7 @@ def study(full=False, workers=2):
 
 def tidy(df):
     "In the order of the study, for tables."
-    orders = dict(net=[*ACTS, *NETS], init=[*INITS, *STDS])
+    orders = dict(net=[*ACTS, *NETS], init=[*INITS, *RESIDUAL, *STDS])
     return df.assign(**{c: pd.Categorical(df[c], [v for v in o if v in set(df[c])]) for c, o in orders.items()})
 
 
@@ -249,13 +265,17 @@ def plot_table(df):
     return fig
 
 
+COLORS = ["#D55E00", "#56B4E9", "#0072B2", "#009E73"]  # told apart by colour-blind eyes (Okabe & Ito)
+
+
 def plot_depth(df):
     "Accuracy over depth at one learning rate, for each activation a panel."
     df = tidy(df[df.lr == 1e-3])
     nets = [n for n in ACTS if n in set(df.net)]
     fig, axes = plt.subplots(1, len(nets), figsize=(4.5 * len(nets), 3.2), sharey=True, squeeze=False, layout="constrained")
     for ax, net in zip(axes[0], nets):
-        df[df.net == net].groupby(["depth", "init"], observed=True).accuracy.median().unstack().plot(ax=ax, marker="o", logx=True, title=net, legend=False)
+        medians = df[df.net == net].groupby(["depth", "init"], observed=True).accuracy.median().unstack()
+        medians.plot(ax=ax, style=["o:", "s--", "^-.", "D-"], color=COLORS, logx=True, title=net, legend=False)
         ax.set(xlabel="layers", ylabel="accuracy", xticks=sorted(df.depth.unique()), xticklabels=sorted(df.depth.unique()), ylim=(0, 1))
         ax.minorticks_off()
     axes[0, 0].legend(fontsize="small")

@@ -153,6 +153,19 @@ def test_a_block_with_two_signs_gets_both(act, std):
     assert report['0'].n_iter <= 20 and report['0'].std_after == pytest.approx(got, rel=1e-4)
 
 
+@pytest.mark.parametrize('act', [nn.GELU(), nn.SiLU(), nn.Mish()], ids=['gelu', 'silu', 'mish'])
+@pytest.mark.parametrize('gain', [.1, 1., 10.])
+def test_a_block_with_one_sign_at_the_wanted_std_only(act, gain):
+    "A small signal passes through GELU nearly straight, with both signs; at std 1 hardly anything is below 0, and a mean of 0 is out of reach."
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Sequential(nn.Conv2d(3, 16, 3), act), nn.Sequential(nn.Conv2d(16, 16, 3), act)), images()
+    for block in net: block[0].weight.data *= gain
+    for row in lsuv_(net, x, modules=nn.Module.children):
+        mean, std = outputs_of(net, x, [row.name])[row.name]
+        assert (row.status, row.reason) == ('corrected', 'one sign, mean kept') and abs(std - 1) <= 3e-3 and row.n_iter <= 10, row
+        assert row.mean_after == pytest.approx(mean, abs=1e-4) and mean > .1
+
+
 def test_a_block_that_overwrites_its_input():
     "Run again, it starts from the input as it was."
     class Overwriting(nn.Module):

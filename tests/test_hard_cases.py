@@ -188,7 +188,7 @@ class Turned:
 def test_a_block_that_does_not_get_there_is_left_at_its_best_step():
     stds, dial = iter([.8, .9, .6]), Turned()
     run = lambda std=None: moments(torch.tensor([-1., 1.]).double() / 2**.5 * (std or next(stds)))
-    correct_block(Unit('block', nn.Identity(), None), dial, run(.5), run, Options(max_iter=3))
+    correct_block(Unit('block', nn.Identity(), None, Options(max_iter=3)), dial, run(.5), run)
     assert len(dial.past) == 4 and dial.position == dial.past[1]
 
 

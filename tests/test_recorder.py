@@ -12,6 +12,7 @@ from fastai.vision.all import (
     GradientAccumulation,
     MixUp,
 )
+from feeds import loaders
 from learners import digits, learner, small_cnn, two_groups
 from torch import nn
 from witness import Witness, assert_as_seen, hooks_on, records, skin
@@ -156,6 +157,14 @@ def test_each_nth_batch(make, every):
     rec, seen = fitted(make(), lambda learn: learn.fit(3), lambda learn: learn.fit(1), every=every)
     assert [*rec.to_frame().step.unique()] == [s for s in range(12) if s % every == 0]
     assert_as_seen(rec, seen[::every])
+
+
+def test_each_nth_validation_batch_is_counted_anew(tmp_path):
+    "From the first one of each epoch, whatever the step."
+    rec, seen = fitted(learner(loaders(), path=tmp_path), lambda learn: learn.fit(2), valid=True, every=2)
+    assert len(seen) == 12
+    assert_as_seen(rec, [seen[i] for i in (0, 2, *(3, 5), 7, *(9, 11))])
+    assert len(records(rec, 'valid')) == 4
 
 
 def test_another_model_in_the_same_learner(make):

@@ -5,7 +5,7 @@ import struct
 
 import pandas as pd
 import pytest
-from fastai.vision.all import Callback
+from fastai.vision.all import Callback, CancelFitException
 from fastcore.basics import init_args
 from feeds import loaders
 from learners import learner, small_cnn
@@ -80,6 +80,27 @@ def test_a_crash_loses_an_epoch_at_most(tmp_path, error):
     logged = pd.read_csv(tmp_path/'log.csv', dtype={'layer': str})
     assert not logged.duplicated(['step', 'layer', 'phase']).any() and logged.step.is_monotonic_increasing
     assert len(logged[logged.fit == logged.fit.max()]) == 3*7
+
+
+class Ends(Callback):
+    "Ends the fit in its second epoch, as `TerminateOnNaNCallback` and `EarlyStoppingCallback` do: ahead of the recorder."
+    def __init__(self, event): self.event = event
+    def after_batch(self): self.end('after_batch')
+    def after_epoch(self): self.end('after_epoch')
+    def end(self, event):
+        if (event, self.training, self.epoch, self.iter) == (self.event, event == 'after_batch', 1, 1 if event == 'after_batch' else 2): raise CancelFitException
+
+
+@pytest.mark.parametrize(('event', 'batches'), [('after_batch', 5), ('after_epoch', 6)])
+def test_a_fit_that_is_ended_is_logged_before_loggers_close(tmp_path, event, batches):
+    "The last batch, too; and TensorBoard's writer isn't opened anew for it."
+    from fastai.callback.tensorboard import TensorBoardCallback
+    tb = TensorBoardCallback(tmp_path/'tb', trace_model=False, log_preds=False)
+    reads = ReadsTheLog(tmp_path/'log.csv')
+    make(rec := ActivationStatsRecorder(fname=tmp_path/'log.csv'), reads, tb, Ends(event), tmp_path=tmp_path).fit(3)
+    assert len(records(rec)) == batches and reads.seen == [0, 3*7, batches*7]
+    assert [step for step, _ in events(tmp_path/'tb')['activations/1.3/std']] == [*range(1, batches + 1)]
+    assert len([*(tmp_path/'tb').iterdir()]) == 1
 
 
 @pytest.mark.parametrize('how', ['the same', 'a new one', 'a new Learner'])

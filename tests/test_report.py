@@ -200,3 +200,10 @@ def test_seconds_and_passes_are_said():
     report = lsuv_(mlp(10, 8, 3), rows())
     assert report.n_forward == 3
     assert f'{report.seconds:.2f}' in repr(report)
+
+
+@pytest.mark.parametrize('mean,std,told', [(0., 1., ['mean', 'std']), (None, 1., ['std']), (0., None, ['mean']), (None, None, ['mean', 'std'])])
+def test_the_line_judges_what_was_asked_for(mean, std, told):
+    "What was left alone has neither got better nor worse; a mere measurement tells both."
+    line = lsuv_(mlp(10, 8, 3), rows(), mean=mean, std=std).summary()
+    assert re.findall(r'worst (\w+)', line) == told, line

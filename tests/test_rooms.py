@@ -9,7 +9,7 @@ import pytest
 import fastai_lsuv
 
 PACKAGE = Path(fastai_lsuv.__file__).parent
-ORDER = ['errors', 'stats', 'ranks', 'modules', 'options', 'init', 'probe', 'hooks', 'rehearsal', 'units', 'survey', 'solver', 'step', 'block', 'correction',
+ORDER = ['errors', 'stats', 'ranks', 'modules', 'options', 'init', 'probe', 'hooks', 'rehearsal', 'units', 'survey', 'branches', 'solver', 'step', 'block', 'correction',
          'figure', 'plots', 'activation_curves', 'activation_maps', 'report', 'lsuv', 'loop', 'evidence', 'effects', 'replay', 'batch', 'callback',
          'sampling', 'capture', 'history', 'reading', 'logs', 'recorder', 'demo']
 NO_FASTAI = [*ORDER[:ORDER.index('correction') + 1], 'lsuv', 'sampling', 'capture', 'history']

@@ -40,7 +40,7 @@ def options(f): return {n: p.default for n, p in inspect.signature(f).parameters
 
 def test_the_design_s_options_everywhere():
     "`lsuv_`, the callback and `learn.lsuv_init` take the same options with the same defaults."
-    wanted = dict(mean=0., std=1., per_channel=False, modules=None, exclude=None, init=None, tol=1e-3, max_iter=10)
+    wanted = dict(mean=0., std=1., per_channel=False, modules=None, exclude=None, init=None, tol=1e-3, max_iter=10, residual=False)
     assert options(lsuv_) == options(LSUVCallback) == options(Learner.lsuv_init) == wanted
     assert inspect.signature(LSUVCallback).parameters['verbose'].default is True
     assert inspect.signature(LSUVCallback).parameters['batch'].default is None

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.layers import flatten_model
 from torch import nn
 
 sys.path.append(str(Path(__file__).parent.parent / 'nbs'))
@@ -21,8 +22,9 @@ def test_the_full_study_contains_the_short_one():
 @pytest.mark.parametrize('depth', [5, 17])
 def test_thin_nets_have_their_layers_and_nothing_else(act, depth):
     net = study.thin_cnn(act, depth, 8)
-    assert sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in net) == depth and net(torch.randn(2, 1, 8, 8)).shape == (2, 10)
-    assert {type(m) for m in net} <= {nn.Conv2d, nn.Linear, nn.Flatten, type(study.ACTS[act])}
+    layers = flatten_model(net)
+    assert sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in layers) == depth and net(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+    assert {type(m) for m in layers} <= {nn.Conv2d, nn.Linear, nn.Flatten, type(study.ACTS[act])}
 
 
 @pytest.mark.parametrize('net', study.NETS)
@@ -80,8 +82,18 @@ def test_the_readme_s_tables_are_what_the_study_prints(table): assert table in (
 
 @pytest.mark.parametrize('act, depth', [('sigmoid', 17), ('relu', 100), ('leaky 1/3', 100), ('tanh', 100)])
 def test_the_recorded_depths_hold_for_every_seed(act, depth):
-    runs = study.read().query('part == "deep" and net == @act and depth == @depth')
+    runs = study.read().query('part == "deep" and net == @act and depth == @depth and width == 24')
     assert len(runs) >= 3 and runs.accuracy.min() >= (.9 if act == 'sigmoid' else .95)
+
+
+def test_bounded_branches_undo_the_harm_where_no_norm_holds_them():
+    norms = study.read().query('part == "norms"')
+    for net in ('xresnet, no norm in blocks', '100 residual blocks, no norm'):
+        runs = norms[norms.net == net]
+        steps = runs.assign(steps=runs.steps.fillna(np.inf)).groupby(['lr', 'init']).steps.median().unstack()
+        assert len(steps) >= 3 and (steps['LSUV residual'] < steps['LSUV']).all() and (steps['default'] < steps['LSUV']).all()
+        area = study.area(runs)[net]
+        assert area['LSUV residual'] > area['LSUV'] + .01 and area['LSUV residual'] == pytest.approx(area['default'], abs=.015)
 
 
 @pytest.mark.slow
