@@ -1,5 +1,6 @@
 """How the site is built: `python -m sphinx -W -c docs . build/site`, from the repository's root."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -59,10 +60,12 @@ copybutton_prompt_is_regexp = True
 
 
 def setup(app: Sphinx) -> None:
-    """Give the README, as the site's first page, the table of contents that it doesn't need elsewhere."""
+    """Fit the sources, as they are read, for the site."""
 
-    def add_pages(_: Sphinx, page: str, source: list[str]) -> None:
+    def fit(_: Sphinx, page: str, source: list[str]) -> None:
         if page == root_doc:
-            source[0] += PAGES
+            source[0] += PAGES  # the table of contents, which it doesn't need elsewhere
+        if page.startswith("nbs/"):  # Jupyter's anchors are written with capitals, MyST's and GitHub's without
+            source[0] = re.sub(r"\]\((\w+\.ipynb)?#[\w-]+\)", lambda link: link[0].lower(), source[0])
 
-    app.connect("source-read", add_pages)
+    app.connect("source-read", fit)
