@@ -23,11 +23,28 @@ from fastai_lsuv.report import LSUVReport, few
 
 @delegates(lsuv_)
 class LSUVCallback(Callback):
-    """Initialise a fresh network by LSUV before the first step of its first fit; see `lsuv_`.
+    """Initialise a fresh network by LSUV before the first step of its first fit: `lsuv_` as a fastai `Callback`.
 
     Runs once per Learner, and never where weights are not the callback's to change: in `validate`, `get_preds` and
     the like, in later fits, on networks that have been trained or loaded. The report is then in `report` and in
     `learn.lsuv_report`.
+
+    The method is Mishkin & Matas's (2016, arXiv:1511.06422), with the mean correction of the fast.ai course (2019).
+
+    Raises:
+        ValueError: an option out of its range. A fit raises what else `lsuv_` does, and the next one tries again.
+        TypeError: an option of a wrong type, or one that `lsuv_` doesn't have.
+
+    Example:
+        >>> from fastai.basics import Learner
+        >>> from fastai_lsuv import LSUVCallback
+        >>> from fastai_lsuv.demo import digits_dls, plain_cnn
+        >>> learn = Learner(digits_dls(), plain_cnn(), cbs=LSUVCallback())
+        >>> with learn.no_bar(), learn.no_logging():
+        ...     learn.fit(1)  # doctest: +ELLIPSIS
+        LSUV: 17 of 17 layers right, worst mean ...
+        >>> learn.lsuv_report["head"].status
+        'corrected'
     """
 
     # after ChannelsLast and TrainEvalCallback, which bring the model into the form and onto the device on which it
@@ -131,8 +148,24 @@ def lsuv_init(
     self: Learner,
     batch: Any = None,  # a batch as the DataLoaders give it, `(xb, yb)`; `None` takes one from `learn.dls`
     **kwargs: Any,
-) -> LSUVReport:
-    """Initialise the model by LSUV now, whatever state it is in; see `lsuv_`. The report is in `lsuv_report`, too."""
+) -> LSUVReport:  # a row for each unit, in execution order; kept as `learn.lsuv_report`, too, unless it only measured
+    """Initialise the model by LSUV (Mishkin & Matas 2016, arXiv:1511.06422) now, whatever state it is in: `lsuv_`.
+
+    Raises:
+        ValueError: an option out of its range, and whatever else `lsuv_` raises.
+        TypeError: an option of a wrong type, or one that `lsuv_` doesn't have.
+
+    Example:
+        >>> from fastai.basics import Learner
+        >>> import fastai_lsuv
+        >>> from fastai_lsuv.demo import digits_dls, plain_cnn
+        >>> learn = Learner(digits_dls(), plain_cnn())
+        >>> report = learn.lsuv_init(mean=None, std=None)  # only measures
+        >>> bool(report["conv16"].std_before < 0.1)
+        True
+        >>> learn.lsuv_init(exclude="head").converged
+        True
+    """
     with _ranks_of(self) as ranks:
         Options.of("lsuv_init", kwargs)
         self.model.to(getattr(self.dls, "device", None))  # as every fit and validation does

@@ -51,11 +51,18 @@ def digits_dls(
     bs: int = 64,  # images in a batch
     seed: int = 42,  # of the split and of the order in which training shuffles
     valid_pct: float = 0.2,  # share of the images that is held out, each digit's alike
-) -> DataLoaders:
+) -> DataLoaders:  # of 1,437 and 360 images
     """DataLoaders of scikit-learn's digits: 1,797 scans of handwritten digits, in ten classes.
 
     Inputs are float tensors of shape (bs, 1, 8, 8) with the mean and std of the training images taken out; targets are
-    the digits, 0 to 9. The same seed gives the same batches, and the global random state is left as it was.
+    the digits, 0 to 9. The same seed gives the same batches, and the global random state is left as it was. They are
+    `sklearn.datasets.load_digits`, by way of fastai's `DataBlock`.
+
+    Example:
+        >>> from fastai_lsuv.demo import digits_dls
+        >>> xb, yb = digits_dls().one_batch()
+        >>> xb.shape, yb.shape
+        (torch.Size([64, 1, 8, 8]), torch.Size([64]))
     """
     images, digits = load_digits(return_X_y=True)
     x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8)
@@ -76,10 +83,20 @@ def plain_cnn(
     width: int = 24,  # channels of each convolution
     act: Callable[[], nn.Module] = nn.ReLU,  # makes the activation behind each convolution
     n_out: int = 10,  # number of classes
-) -> nn.Sequential:
+) -> nn.Sequential:  # its layers `conv1`, `act1`, `conv2`, … `head`
     """A plain deep CNN for 8x8 images of one channel: no normalisation, no shortcut, PyTorch's default weights.
 
-    Two of the 3x3 convolutions, a third and two thirds down, halve the image: 8x8, 4x4, 2x2.
+    Two of the 3x3 convolutions, a third and two thirds down, halve the image: 8x8, 4x4, 2x2. Thin and deep, it is as
+    hard to start as the FitNets of the LSUV paper (Mishkin & Matas 2016, arXiv:1511.06422).
+
+    Raises:
+        ValueError: fewer than 3 layers.
+
+    Example:
+        >>> import torch
+        >>> from fastai_lsuv.demo import plain_cnn
+        >>> plain_cnn(depth=5)(torch.randn(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
     """
     if depth < 3:
         raise ValueError(f"depth={depth}: a plain_cnn has at least 3 layers, two convolutions and the head")

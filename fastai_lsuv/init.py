@@ -32,6 +32,14 @@ def delta_orthogonal_(
 
     Raises:
         ValueError: fewer than 2 dimensions, or a first dimension that is not divisible by `groups`.
+
+    Example:
+        >>> import torch
+        >>> from fastai_lsuv.init import delta_orthogonal_
+        >>> weight = delta_orthogonal_(torch.empty(32, 16, 3, 3))
+        >>> centre = weight[:, :, 1, 1]
+        >>> torch.allclose(centre.T @ centre, torch.eye(16), atol=1e-5), weight[:, :, 0, 0].any().item()
+        (True, False)
     """
     blocks = _centre_blocks(tensor, groups, "delta_orthogonal_")
     return _fill(tensor, [_orthogonal(rows, columns, tensor, generator) for rows, columns in blocks], gain)
@@ -60,6 +68,17 @@ def looks_linear_(
 
     Raises:
         ValueError: fewer than 2 dimensions, or a first dimension that is not divisible by `groups`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fastai_lsuv import lsuv_
+        >>> from fastai_lsuv.init import looks_linear_
+        >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> x = torch.randn(64, 16)
+        >>> report = lsuv_(model, x, mean=None, init=looks_linear_)
+        >>> torch.allclose(model(-x), -model(x), atol=1e-5)
+        True
     """
     blocks = _centre_blocks(tensor, groups, "looks_linear_")
     if groups > 1:
@@ -91,6 +110,12 @@ def critical_std(
 
     Raises:
         ValueError: depth below 1, or an activation without an odd part (|z|, z²), which mirrored weights cancel.
+
+    Example:
+        >>> from torch import nn
+        >>> from fastai_lsuv.init import critical_std
+        >>> critical_std(nn.ReLU(), depth=100), round(critical_std(nn.Tanh(), depth=100), 2)
+        (1.0, 0.33)
     """
     if depth < 1:
         raise ValueError(f"depth={depth!r}: expected a whole number of at least 1")

@@ -59,6 +59,15 @@ def lsuv_(
         TypeError: an option of a wrong type.
         Exception: whatever a forward pass raises, with the module at work in its message. The model is then
             bit-for-bit what it was.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fastai_lsuv import lsuv_
+        >>> model, x = nn.Sequential(nn.Linear(20, 50), nn.ReLU(), nn.Linear(50, 5)), torch.randn(64, 20)
+        >>> report = lsuv_(model, x, init=nn.init.orthogonal_)
+        >>> report.converged, report.n_forward, round(model(x).std().item(), 3)
+        (True, 3, 1.0)
     """
     options = Options(mean, std, per_channel, modules, exclude, init, tol, max_iter, residual)
     return run(model, batch, options, Ranks())

@@ -29,9 +29,9 @@ class Row:
     type: str  # class name
     n_calls: int  # forward calls in one pass
     mean_before: float  # of the untouched network on the batch, over all calls; per channel: of the farthest channel
-    std_before: float
+    std_before: float  # the same
     mean_after: float  # of a clean pass through the finished network
-    std_after: float
+    std_after: float  # the same
     n_iter: int  # corrections made
     status: str  # corrected, unchanged (was there already), skipped, not_converged
     reason: str  # why, in a fixed phrase, where there is something to say
@@ -40,7 +40,27 @@ class Row:
 class LSUVReport(Sequence[Row]):
     """Rows in execution order, also by name: `report[0]`, `report["0.3.conv"]`.
 
-    Holds numbers and names only, so that it pickles small and keeps no model or tensor alive.
+    Holds numbers and names only, so that it pickles small and keeps no model or tensor alive. `lsuv_` makes it, of what
+    algorithm 1 of Mishkin & Matas (2016, arXiv:1511.06422) looks at and does.
+
+    Raises:
+        KeyError: a name that no unit has.
+        IndexError: a number beyond the last row.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fastai_lsuv import lsuv_
+        >>> report = lsuv_(nn.Sequential(nn.Linear(20, 50), nn.ReLU(), nn.Linear(50, 5)), torch.randn(64, 20))
+        >>> len(report), report[0].type, report["2"].status, report.converged
+        (2, 'Linear', 'corrected', True)
+        >>> report.to_frame()[["name", "std_after"]].round(3)
+          name  std_after
+        0    0        1.0
+        1    2        1.0
+        >>> print(report.summary())  # doctest: +ELLIPSIS
+        LSUV: 2 of 2 layers right, worst mean ...
+        >>> figure = report.plot()
     """
 
     def __init__(
@@ -74,20 +94,20 @@ class LSUVReport(Sequence[Row]):
         return iter(self.rows)
 
     @property
-    def converged(self) -> bool:
+    def converged(self) -> bool:  # False: a row's status is `not_converged`
         """Whether every unit that wasn't skipped has the wanted mean and std."""
         return all(row.status != "not_converged" for row in self.rows)
 
-    def to_frame(self) -> pd.DataFrame:
-        """A pandas DataFrame with one row a unit and the columns of `Row`."""
+    def to_frame(self) -> pd.DataFrame:  # one row a unit, the columns of `Row`
+        """All rows, for pandas."""
         return pd.DataFrame([asdict(row) for row in self.rows], columns=[f.name for f in fields(Row)])
 
-    def plot(self) -> Figure:
-        """Mean and standard deviation of every unit, before beside after, as a matplotlib figure."""
+    def plot(self) -> Figure:  # of matplotlib
+        """Draw the mean and standard deviation of every unit, before beside after."""
         return plot_report(self.to_frame(), mean=self.mean, std=self.std)
 
-    def summary(self) -> str:
-        """One line: how many units, worst mean and std before → after, seconds, what was skipped and why."""
+    def summary(self) -> str:  # one line
+        """How many units, worst mean and std before → after, seconds, what was skipped and why."""
         if not self.rows:
             return f"LSUV: nothing to correct, {self.seconds:.2f} s"
         done = [row for row in self.rows if row.status != "skipped"]
@@ -130,8 +150,7 @@ class LSUVReport(Sequence[Row]):
         if not self.rows:
             return self.summary()
         table = self._table()
-        text = [column for column in table if column in ("name", "type", "status", "reason")]
-        for column in text:  # pandas aligns to the right
+        for column in ("name", "type", "status", "reason"):  # pandas aligns to the right
             width = max(map(len, [column, *table[column]]))
             table[column] = table[column].str.ljust(width)
             table = table.rename(columns={column: column.ljust(width)})

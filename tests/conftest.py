@@ -38,11 +38,16 @@ def ours(fn): return owner(fn).split('.')[0] == 'fastai_lsuv'
 
 def settings():
     "All that a library could have changed for everyone."
-    return dict(filters=list(warnings.filters), rc=dict(matplotlib.rcParams), dtype=torch.get_default_dtype(),
+    return dict(filters=[f for f in warnings.filters if not torch_s(f)], rc=dict(matplotlib.rcParams), dtype=torch.get_default_dtype(),
                 grad=torch.is_grad_enabled(), inference=torch.is_inference_mode_enabled(),
                 autocast=torch.is_autocast_enabled('cpu'), deterministic=torch.are_deterministic_algorithms_enabled(),
                 threads=torch.get_num_threads(), fastpath=torch.backends.mha.get_fastpath_enabled(), new_method=nn.Module.__call__,
                 hooks=[list(getattr(module_module, g)) for g in GLOBAL])
+
+
+def torch_s(warning_filter):
+    "Of PyTorch before 2.10, which adds it whenever it compiles."
+    return getattr(warning_filter[3], 'pattern', None) == 'torch.distributed'
 
 
 @pytest.fixture(autouse=True)

@@ -215,6 +215,7 @@ def run(tmp_path, monkeypatch):
 @pytest.mark.parametrize('recorder_first', [True, False])
 def test_a_real_run_of_wandb(run, tmp_path, recorder_first, monkeypatch):
     "Offline, read back from the file that would have been sent: every value, none of W&B's own lost."
+    import wandb
     from fastai.callback.wandb import WandbCallback
     monkeypatch.setattr(WandbCallback, '_wandb_watch_called', False)
     # fastcore 2.2's asks `vars()` of numbers and names, too, which ends every fit with fastai 2.8's `WandbCallback`
@@ -223,6 +224,7 @@ def test_a_real_run_of_wandb(run, tmp_path, recorder_first, monkeypatch):
     learn = make(*(cbs if recorder_first else cbs[::-1]), tmp_path=tmp_path)
     learn.fit(2)
     run.finish()
+    wandb.teardown()  # waits for the process that writes the file, which `finish` doesn't
     rows, frame = history(tmp_path), rec.to_frame()
     for layer in rec.layer_names:
         for n in ('mean', 'std', 'near_zero', 'grad_mean', 'grad_std'):
