@@ -35,13 +35,17 @@ def test_links_lead_somewhere(nb):
     for target in re.findall(r'\]\(([^)\s]+)\)', '\n'.join(map(text, cells(nb, 'markdown')))):
         if '://' in target: continue
         path, _, anchor = target.partition('#')
-        assert (nb.parent / path).exists(), target
-        if anchor: assert anchor in headings((nb.parent / path).read_text(encoding='utf-8')), target
+        file = nb.parent / path if path else nb
+        assert file.exists(), target
+        if anchor: assert anchor in anchors(file), target
 
 
-def headings(markdown):
-    "Anchors as GitHub makes them."
-    return {re.sub(r'[^\w\- ]', '', line.lstrip('# ').lower()).replace(' ', '-') for line in markdown.splitlines() if line.startswith('#')}
+def anchors(file):
+    "Of its headings: in a notebook as Jupyter makes them, in Markdown as GitHub does."
+    jupyter = file.suffix == '.ipynb'
+    lines = '\n'.join(map(text, cells(file, 'markdown'))) if jupyter else file.read_text(encoding='utf-8')
+    titles = [line.lstrip('# ') for line in lines.splitlines() if line.startswith('#')]
+    return {t.replace(' ', '-') if jupyter else re.sub(r'[^\w\- ]', '', t.lower()).replace(' ', '-') for t in titles}
 
 
 def test_all_together_are_small():
