@@ -229,7 +229,7 @@ def study(full=False, workers=2):
 def tidy(df):
     "In the order of the study, for tables."
     orders = dict(net=[*ACTS, *NETS], init=[*INITS, *RESIDUAL, *STDS])
-    return df.assign(**{c: pd.Categorical(df[c], [v for v in o if v in set(df[c])]) for c, o in orders.items()})
+    return df.assign(**{c: pd.Categorical(df[c].astype(str), [v for v in o if v in set(df[c])]) for c, o in orders.items()})
 
 
 def by_lr(df): return tidy(df).groupby(["net", "init", "lr"], observed=True)
