@@ -2,7 +2,9 @@
 
 The rooms, each built on those above it only:
 
+    errors       what an error says of where it happened
     stats        moments of a tensor
+    ranks        the processes that train one model together
     modules      which modules a user means
     options      what can be asked for
     init         initialisers for very deep plain networks
@@ -24,6 +26,8 @@ The rooms, each built on those above it only:
     lsuv         observe, correct, observe: `lsuv_`
     loop         which part of fastai's training loop is at work
     evidence     signs that a network has been trained
+    effects      what a callback will do to a batch, as its code says
+    replay       what other callbacks make of a batch, found out on copies
     batch        one batch from a Learner, without a trace
     callback     when it runs in fastai: `LSUVCallback`, `learn.lsuv_init`
     sampling     what a sample of a tensor shows

@@ -44,11 +44,13 @@ def as_fed(
     the DataLoader, the callbacks and the Learner are as before.
 
     Raises:
-        ValueError: the DataLoader has no batch.
+        ValueError: the Learner has no DataLoaders, or that for training no batch.
         TypeError: `batch` is no tuple or list.
     """
     with _kept_random_states(), ExitStack() as stack:
         if batch is None:
+            if learn.dls is None:
+                raise ValueError("the Learner has no DataLoaders to take a batch from; lsuv_(model, xb) needs none")
             try:
                 batch = _one_batch(learn.dls.train, ranks)
             except Exception as error:

@@ -11,7 +11,7 @@ import torch.utils.data as tud
 from audit import audit, bits, differences, fingerprint, moved, parameter_bits
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from fastai.vision.all import CrossEntropyLossFlat, RandomCrop, RandTransform, aug_transforms
+from fastai.vision.all import CrossEntropyLossFlat, Learner, RandomCrop, RandTransform, aug_transforms
 from learners import Spy, digits, exact, learner, ran, seed, small_cnn
 from models import Stumble
 from torch import nn
@@ -192,6 +192,13 @@ def test_the_given_batch_is_left_as_it_was():
 
 
 # --- when it fails ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_learner_without_data_is_told_so():
+    learn = Learner(None, small_cnn(), loss_func=CrossEntropyLossFlat())
+    before = parameter_bits(learn.model)
+    with pytest.raises(ValueError, match=r'no DataLoaders .* lsuv_\(model, xb\)'): learn.lsuv_init()
+    assert parameter_bits(learn.model) == before
 
 
 def empty(kind):
