@@ -194,4 +194,4 @@ def test_a_hook_of_the_users_that_raises():
 def test_bad_options_have_the_defaults_of_the_design():
     d = {n: p.default for n, p in inspect.signature(lsuv_).parameters.items()}
     assert d == dict(model=inspect._empty, batch=inspect._empty, mean=0., std=1., per_channel=False, modules=None, exclude=None,
-                     init=None, tol=1e-3, max_iter=10)
+                     init=None, tol=1e-3, max_iter=10, residual=False)
