@@ -50,8 +50,8 @@ def lsuv_(
     """Scale and shift each layer's weights so that its output on `batch` has the wanted mean and standard deviation.
 
     Layer-sequential unit variance (Mishkin & Matas 2016, arXiv:1511.06422) with the fast.ai course's mean correction,
-    exact for all layers at once, in three forward passes whatever the depth: the hook that measures a layer corrects
-    it and hands on the corrected output. In place and silent, like `torch.nn.init`.
+    exact for all layers at once, in three forward passes whatever the depth (`residual` takes a fourth): the hook that
+    measures a layer corrects it and hands on the corrected output. In place and silent, like `torch.nn.init`.
 
     Raises:
         ValueError: an option out of its range, a pattern that matches nothing, a batch with NaN or infinity, lazy
@@ -78,11 +78,9 @@ def run(model: nn.Module, batch: Any, options: Options, ranks: Ranks) -> LSUVRep
     started = time.perf_counter()
     _check(model, batch)
     with Rehearsal(model, batch, ranks) as rehearsal:
-        units = survey(rehearsal, options.modules, options.exclude, options.per_channel)
+        units = survey(rehearsal, options)
         if not units:
             warnings.warn(f"{type(model).__name__} has nothing to correct: no affine layer", stacklevel=3)
-        for unit in units:
-            unit.options = options
         if options.residual:
             _bound_branches(rehearsal, units, options)
         if not options.only_measures:

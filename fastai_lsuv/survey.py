@@ -17,7 +17,6 @@ from fastai_lsuv.modules import (
     AFFINE_TYPES,
     GAIN_TYPES,
     RECURRENT_TYPES,
-    Choice,
     chosen,
     excluded,
     is_known_affine,
@@ -26,6 +25,7 @@ from fastai_lsuv.modules import (
     names_in,
     open_modules,
 )
+from fastai_lsuv.options import Options
 from fastai_lsuv.probe import Carriers, find_carriers, first_tensor, known_carriers, small_noise
 from fastai_lsuv.rehearsal import Rehearsal
 from fastai_lsuv.stats import Moments, fetched, moments
@@ -34,12 +34,12 @@ from fastai_lsuv.units import Unit, exposed_shift, mark_frozen, mark_starved, ma
 _LISTED_TYPES = (*AFFINE_TYPES, *RECURRENT_TYPES)  # in the report in any case, with a reason if they are left alone
 
 
-def survey(rehearsal: Rehearsal, modules: Choice, exclude: Choice, per_channel: bool) -> list[Unit]:
+def survey(rehearsal: Rehearsal, options: Options) -> list[Unit]:
     """Run the model once, unchanged, and say what can be corrected in it: units in execution order.
 
     Units that were never called come last. Each unit holds the moments of its output in that pass.
     """
-    watch = _Watch(rehearsal, modules, exclude, per_channel)
+    watch = _Watch(rehearsal, options)
     with hooked({m: watch.see for m in open_modules(rehearsal.model) if m in watch.wanted or any_parameters(m)}):
         rehearsal.forward()
     watch.last_output = None
@@ -64,9 +64,7 @@ def any_parameters(module: nn.Module) -> bool:
 @dataclass
 class _Watch:
     rehearsal: Rehearsal
-    modules: Choice
-    exclude: Choice
-    per_channel: bool
+    options: Options
     calls: Counter[nn.Module] = field(default_factory=Counter)  # in the order in which first calls ended
     order: list[nn.Module] = field(default_factory=list)  # all calls, in the order in which they ended
     found: dict[nn.Module, Carriers | None] = field(default_factory=dict)  # affine layers: what the probe says
@@ -81,8 +79,8 @@ class _Watch:
     def __post_init__(self) -> None:
         model = self.rehearsal.model
         self.names = {m: name for name, m in model.named_modules()}
-        self.excluded = excluded(model, self.exclude)
-        self.wanted = set() if self.modules is None else set(chosen(model, self.modules))
+        self.excluded = excluded(model, self.options.exclude)
+        self.wanted = set() if self.options.modules is None else set(chosen(model, self.options.modules))
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook: count, examine, measure."""
@@ -101,7 +99,7 @@ class _Watch:
         self.last_output = y
 
     def _is_judged(self, module: nn.Module) -> bool:
-        meant = module in self.wanted or (self.modules is None and self._is_layer(module))
+        meant = module in self.wanted or (self.options.modules is None and self._is_layer(module))
         return meant and module not in self.excluded and any_parameters(module)
 
     def _is_layer(self, module: nn.Module) -> bool:
@@ -109,7 +107,7 @@ class _Watch:
 
     def _measure(self, module: nn.Module, y: Tensor) -> None:
         carriers = self._carriers(module)
-        by_channel = self.per_channel and carriers is not None and carriers.channel_dim is not None
+        by_channel = self.options.per_channel and carriers is not None and carriers.channel_dim is not None
         own = moments(y, carriers.channel_dim(y) if by_channel else None)  # type: ignore[union-attr,misc]
         now = self.rehearsal.ranks.moments(self.names[module], own)
         self.eps[module] = torch.finfo(y.dtype).eps
@@ -158,8 +156,9 @@ class _Watch:
 
     def units(self) -> Iterator[Unit]:
         """All units, those that ran in the order in which they ended first, then those that never ran."""
+        by_default = self.options.modules is None
         picked = [m for m in self.calls if m in self.moments]
-        if self.modules is not None:
+        if not by_default:
             picked = [m for m in self.calls if m in self._picked_by_user() and m in self.moments]
         units = [self._unit(module) for module in picked]
         used = {p for unit in units for p in unit.parameters}
@@ -169,17 +168,17 @@ class _Watch:
             if module in self.calls or module in self.excluded or not any_parameters(module):
                 continue
             if is_scripted(module):
-                if module in self.wanted or (self.modules is None and module not in inside_scripted):
-                    yield Unit(name, module, None, status="skipped", reason="scripted")
+                if module in self.wanted or (by_default and module not in inside_scripted):
+                    yield Unit(name, module, None, self.options, status="skipped", reason="scripted")
                 continue
             adopted = any(p in used for p in module.parameters(recurse=False))
-            if module in self.wanted or (self.modules is None and isinstance(module, _LISTED_TYPES) and not adopted):
+            if module in self.wanted or (by_default and isinstance(module, _LISTED_TYPES) and not adopted):
                 carriers = known_carriers(module) if is_known_affine(module) else None
-                yield Unit(name, module, carriers, status="skipped", reason="never called")
+                yield Unit(name, module, carriers, self.options, status="skipped", reason="never called")
 
     def _picked_by_user(self) -> set[nn.Module]:
         """What the user chose; of the modules that a pattern matches, the layers if there are any."""
-        patterns = names_in(self.modules)
+        patterns = names_in(self.options.modules)
         if not patterns:
             return self.wanted
         picked: set[nn.Module] = set()
@@ -194,6 +193,7 @@ class _Watch:
             self.names[module],
             module,
             self._carriers(module),
+            self.options,
             n_calls=self.calls[module],
             has_more_outputs=module in self.with_more_outputs,
             eps=self.eps[module],
@@ -206,7 +206,7 @@ class _Watch:
         unit.is_first = (unit.layer or module) is next((m for m in self.order if self._is_layer(m)), None)
         if not unit.can_shift:
             unit.reason = unit.reason or "no bias, mean kept"
-        if self.per_channel and (unit.is_block or unit.carriers is None or unit.carriers.channel_dim is None):
+        if self.options.per_channel and (unit.is_block or unit.carriers is None or unit.carriers.channel_dim is None):
             unit.skip("excluded by mode")
         return unit
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ class Unit:
     name: str
     module: nn.Module
     carriers: Carriers | None  # None: a block without an affine layer
-    options: Options = field(default_factory=Options)  # what is wanted of it
+    options: Options  # what is wanted of it
     is_block: bool = False  # corrected by trying, through `layer`
     layer: nn.Module | None = None  # whose carriers a block uses, if not its own
     reason: str = ""  # why it is skipped, or what the user should know

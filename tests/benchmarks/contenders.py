@@ -66,7 +66,7 @@ def forward_pass(model, x):
 def correcting_pass(model, x) -> Iterator:
     "The second of the three passes alone, ready to be run: measure and correct every layer, from its hook."
     with Rehearsal(model, x) as rehearsal:
-        yield Correction(rehearsal, survey(rehearsal, None, None, False), Options()).run
+        yield Correction(rehearsal, survey(rehearsal, Options()), Options()).run
 
 
 whole = lsuv_
