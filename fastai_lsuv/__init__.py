@@ -40,7 +40,7 @@ The rooms, each built on those above it only:
 """
 
 from fastai_lsuv.callback import LSUVCallback
-from fastai_lsuv.lsuv import lsuv_
+from fastai_lsuv.core.lsuv import lsuv_
 from fastai_lsuv.recorder import ActivationStatsRecorder
 from fastai_lsuv.report import LSUVReport
 

@@ -26,9 +26,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
-from fastai_lsuv.activation_curves import plot_runs
 from fastai_lsuv.callback import LSUVCallback
-from fastai_lsuv.plots import plot_demo
+from fastai_lsuv.plots.curves import plot_runs
+from fastai_lsuv.plots.layers import plot_demo
 from fastai_lsuv.recorder import ActivationStatsRecorder
 
 __all__ = ["digits_dls", "main", "plain_cnn"]

@@ -14,14 +14,14 @@ from fastai.callback.schedule import LRFinder
 from fastai.torch_core import get_model, rank_distrib
 from torch import Tensor, nn
 
-from fastai_lsuv.capture import Capture, Outbox, columns
-from fastai_lsuv.history import History, Record
-from fastai_lsuv.hooks import NextCall
-from fastai_lsuv.logs import CSVLog, logs_to_wandb, to_tensorboard, to_wandb
-from fastai_lsuv.loop import came_through_fit, phase_of_batch
-from fastai_lsuv.modules import Choice, chosen, excluded, layers_and_activations
-from fastai_lsuv.reading import Reading
-from fastai_lsuv.rehearsal import RandomState
+from fastai_lsuv.core.dry_run import RandomState
+from fastai_lsuv.core.hooks import NextCall
+from fastai_lsuv.core.selection import Choice, chosen, excluded, layers_and_activations
+from fastai_lsuv.learner.loop import came_through_fit, phase_of_batch
+from fastai_lsuv.recording.capture import Capture, Outbox, columns
+from fastai_lsuv.recording.history import History, Record
+from fastai_lsuv.recording.logs import CSVLog, logs_to_wandb, to_tensorboard, to_wandb
+from fastai_lsuv.recording.reading import Reading
 
 
 class ActivationStatsRecorder(Reading, Callback):
@@ -29,9 +29,9 @@ class ActivationStatsRecorder(Reading, Callback):
 
     One history over several fits. Of each recorded batch and layer: mean and std of the output, and the share of it
     that is near zero. Nothing in training changes, to the bit. A hook copies a sample of the output (about
-    `fastai_lsuv.sampling.SAMPLE` values, evenly spread: mean and std are within 2 % of the std; all values of smaller
-    outputs) and waits for nothing. Of it, shares and histograms count about 4,096 values. What the samples show leaves
-    the device in bulk. A compiled model runs uncompiled in the batches that are recorded.
+    `fastai_lsuv.recording.sampling.SAMPLE` values, evenly spread: mean and std are within 2 % of the std; all values of
+    smaller outputs) and waits for nothing. Of it, shares and histograms count about 4,096 values. What the samples
+    show leaves the device in bulk. A compiled model runs uncompiled in the batches that are recorded.
 
     Raises:
         ValueError: `every` or `max_records` below 1, `near_zero` below 0; when a fit starts, names that match nothing

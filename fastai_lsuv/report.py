@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, overload
 
 import pandas as pd
 
-from fastai_lsuv.plots import plot_report
+from fastai_lsuv.plots.layers import plot_report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,4 +1,5 @@
 """Independent measurement, nothing of ours imported: what a model's layers really put out, and what it is to the bit."""
+
 from __future__ import annotations
 
 import itertools
@@ -14,9 +15,19 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
 
 AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called',
-         '_forward_pre_hooks_with_kwargs', '_backward_hooks', '_backward_pre_hooks', '_state_dict_hooks',
-         '_state_dict_pre_hooks', '_load_state_dict_pre_hooks', '_load_state_dict_post_hooks')
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
 
 
@@ -29,67 +40,77 @@ class Record:
     has_bias: bool
     n_calls: int = 0
     n: int = 0
-    mean: float = 0.
-    m2: float = 0.
+    mean: float = 0.0
+    m2: float = 0.0
     channel_n: int = 0
     channel_mean: torch.Tensor | None = None
     channel_m2: torch.Tensor | None = None
 
     @property
-    def std(self): return (self.m2 / (self.n - 1))**.5 if self.n > 1 else float('nan')
+    def std(self):
+        return (self.m2 / (self.n - 1)) ** 0.5 if self.n > 1 else float("nan")
 
     @property
-    def channel_std(self): return (self.channel_m2 / (self.channel_n - 1)).sqrt()
+    def channel_std(self):
+        return (self.channel_m2 / (self.channel_n - 1)).sqrt()
 
     @property
-    def finite(self): return bool(np.isfinite(self.mean) and np.isfinite(self.m2))
+    def finite(self):
+        return bool(np.isfinite(self.mean) and np.isfinite(self.m2))
 
     @property
     def constant(self):
         "Whether the output does not depend on the input: the same in every place, but for rounding."
-        if self.channel_n > 1: return bool((self.channel_std <= 1e-6 * self.channel_mean.abs()).all())
+        if self.channel_n > 1:
+            return bool((self.channel_std <= 1e-6 * self.channel_mean.abs()).all())
         return self.n > 1 and self.std <= 1e-6 * abs(self.mean)
 
     def add(self, out):
         "Merge one call's output (Chan et al. 1979), in float64."
         out = first_tensor(out).detach().double()
         self.n_calls += 1
-        if not out.numel(): return  # a head that was shown nothing
+        if not out.numel():
+            return  # a head that was shown nothing
         n, mean = out.numel(), out.mean().item()
         m2 = (out - mean).square().sum().item()
         delta, total = mean - self.mean, self.n + n
-        self.mean, self.m2 = self.mean + delta*n/total, self.m2 + m2 + delta*delta*self.n*n/total
+        self.mean, self.m2 = self.mean + delta * n / total, self.m2 + m2 + delta * delta * self.n * n / total
         self.n = total
         self._add_channels(by_channel(self.module, out))
 
     def _add_channels(self, out):
         n, mean = out.shape[1], out.mean(1)
         m2 = (out - mean[:, None]).square().sum(1)
-        if self.channel_mean is None: self.channel_n, self.channel_mean, self.channel_m2 = n, mean, m2
+        if self.channel_mean is None:
+            self.channel_n, self.channel_mean, self.channel_m2 = n, mean, m2
         else:
             delta, total = mean - self.channel_mean, self.channel_n + n
-            self.channel_m2 = self.channel_m2 + m2 + delta.square() * (self.channel_n*n/total)
-            self.channel_mean, self.channel_n = self.channel_mean + delta*n/total, total
+            self.channel_m2 = self.channel_m2 + m2 + delta.square() * (self.channel_n * n / total)
+            self.channel_mean, self.channel_n = self.channel_mean + delta * n / total, total
 
 
 def by_channel(module, out):
     "`out` as channels × values: the last axis of a `Linear`, the one before the spatial axes of a convolution."
-    if isinstance(module, nn.Linear): return out.reshape(-1, out.shape[-1]).T
+    if isinstance(module, nn.Linear):
+        return out.reshape(-1, out.shape[-1]).T
     axis = out.dim() - 1 - (module.weight.dim() - 2)
     return out.movedim(axis, 0).flatten(1)
 
 
 def first_tensor(out):
     "The first tensor of an output: tuple, list, mapping, nested."
-    if isinstance(out, torch.Tensor): return out
-    for o in (out.values() if isinstance(out, Mapping) else out if isinstance(out, (tuple, list)) else ()):
-        if (t := first_tensor(o)) is not None: return t
+    if isinstance(out, torch.Tensor):
+        return out
+    for o in out.values() if isinstance(out, Mapping) else out if isinstance(out, (tuple, list)) else ():
+        if (t := first_tensor(o)) is not None:
+            return t
     return None
 
 
 def call(model, batch):
     "The model on the inputs `batch`: a tensor, a tuple or list of arguments, a mapping of keywords."
-    if isinstance(batch, Mapping): return model(**batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
@@ -99,50 +120,67 @@ def audit(model, batch, *, channels=True) -> list[Record]:
 
     def watch(name, m):
         def hook(m, args, out):
-            if m not in records: records[m] = Record(name, m, m.bias is not None)
+            if m not in records:
+                records[m] = Record(name, m, m.bias is not None)
             records[m].add(out)
+
         handles.append(m.register_forward_hook(hook, prepend=True))
 
     for name, m in model.named_modules():
-        if isinstance(m, AFFINE): watch(name, m)
+        if isinstance(m, AFFINE):
+            watch(name, m)
     try:
-        with as_in_training(model): call(model, batch)
+        with as_in_training(model):
+            call(model, batch)
     finally:
-        for h in handles: h.remove()
+        for h in handles:
+            h.remove()
     return list(records.values())
 
 
 def n_calls(model, batch, modules) -> dict[nn.Module, int]:
     "How often the forward of each of `modules` runs in a clean pass."
     counts, handles = dict.fromkeys(modules, 0), []
-    if not counts: return counts
+    if not counts:
+        return counts
 
     def watch(m):
-        def hook(m, args): counts[m] += 1
+        def hook(m, args):
+            counts[m] += 1
+
         handles.append(m.register_forward_pre_hook(hook))
 
-    for m in counts: watch(m)
+    for m in counts:
+        watch(m)
     try:
-        with as_in_training(model): call(model, batch)
+        with as_in_training(model):
+            call(model, batch)
     finally:
-        for h in handles: h.remove()
+        for h in handles:
+            h.remove()
     return counts
 
 
 def outputs_of(model, batch, names) -> dict[str, tuple[float, float]]:
     "(mean, std) of the first tensor that each named module gives out, over all its calls, in a clean pass."
     seen, handles = {}, []
-    if not names: return {}
+    if not names:
+        return {}
 
     def watch(name):
-        hook = lambda m, args, out: seen.setdefault(name, []).append(first_tensor(out).detach().double().flatten().clone())
+        hook = lambda m, args, out: seen.setdefault(name, []).append(
+            first_tensor(out).detach().double().flatten().clone()
+        )
         handles.append(model.get_submodule(name).register_forward_hook(hook, prepend=True))
 
-    for name in names: watch(name)
+    for name in names:
+        watch(name)
     try:
-        with as_in_training(model): call(model, batch)
+        with as_in_training(model):
+            call(model, batch)
     finally:
-        for h in handles: h.remove()
+        for h in handles:
+            h.remove()
     return {name: (torch.cat(o).mean().item(), torch.cat(o).std().item()) for name, o in seen.items()}
 
 
@@ -162,16 +200,21 @@ def as_in_training(model):
             handles.append(m.register_forward_pre_hook(_batch_statistics))
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(): yield model
+        with torch.no_grad():
+            yield model
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        for h in handles: h.remove()
+        for h in handles:
+            h.remove()
         for m, old in attributes:
-            for key in vars(m).keys() - old.keys(): delattr(m, key)
+            for key in vars(m).keys() - old.keys():
+                delattr(m, key)
             vars(m).update(old)
-        for m, training in flags: m.training = training
+        for m, training in flags:
+            m.training = training
         with torch.no_grad():
-            for b, old in buffers: b.copy_(old)
+            for b, old in buffers:
+                b.copy_(old)
         set_rng_state(rng)
 
 
@@ -181,7 +224,8 @@ def _batch_statistics(m, args):
     m.training = x.numel() // x.shape[1] > 1 if x.dim() > 1 else False
 
 
-def rng_state(): return random.getstate(), np.random.get_state(), torch.get_rng_state()
+def rng_state():
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
 
 
 def set_rng_state(state):
@@ -198,7 +242,8 @@ def rng_print():
 
 def bits(t):
     "A tensor to the bit: type, dtype, shape, memory layout and bytes."
-    if t is None or isinstance(t, UninitializedParameter): return type(t)
+    if t is None or isinstance(t, UninitializedParameter):
+        return type(t)
     raw = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return type(t), t.dtype, tuple(t.shape), t.stride(), str(t.device), raw
 
@@ -207,27 +252,39 @@ def fingerprint(model) -> dict:
     "Everything that can be told of a model: values to the bit, flags, gradients, hooks, attributes and which objects they are."
     prints = {}
     for name, m in model.named_modules(remove_duplicate=False):
-        prints['module', name] = Is(m), type(m), m.training
+        prints["module", name] = Is(m), type(m), m.training
         for key, value in vars(m).items():
-            if key in HOOKS: prints['hooks', name, key] = [(k, Is(v)) for k, v in (value or {}).items()]
-            elif key in ('_parameters', '_buffers', '_modules'): prints['keys', name, key] = list(value)
-            else: prints['attr', name, key] = value if isinstance(value, PLAIN) else Is(value)
+            if key in HOOKS:
+                prints["hooks", name, key] = [(k, Is(v)) for k, v in (value or {}).items()]
+            elif key in ("_parameters", "_buffers", "_modules"):
+                prints["keys", name, key] = list(value)
+            else:
+                prints["attr", name, key] = value if isinstance(value, PLAIN) else Is(value)
     for name, p in model.named_parameters(remove_duplicate=False):
-        prints['param', name] = Is(p), bits(p)
-        prints['requires_grad', name] = p.requires_grad, p.is_leaf
-        prints['grad', name] = None if p.grad is None else (Is(p.grad), bits(p.grad))
-        if not isinstance(p, UninitializedParameter): prints['layout', name] = p.dtype, tuple(p.shape), p.stride()
-    for name, b in model.named_buffers(remove_duplicate=False): prints['buffer', name] = Is(b), bits(b)
+        prints["param", name] = Is(p), bits(p)
+        prints["requires_grad", name] = p.requires_grad, p.is_leaf
+        prints["grad", name] = None if p.grad is None else (Is(p.grad), bits(p.grad))
+        if not isinstance(p, UninitializedParameter):
+            prints["layout", name] = p.dtype, tuple(p.shape), p.stride()
+    for name, b in model.named_buffers(remove_duplicate=False):
+        prints["buffer", name] = Is(b), bits(b)
     return prints
 
 
 class Is:
     "Equal to nothing but the same object, which it keeps alive so that no other takes its address."
 
-    def __init__(self, o): self.o = o
-    def __eq__(self, other): return isinstance(other, Is) and self.o is other.o
-    def __hash__(self): return id(self.o)
-    def __repr__(self): return f'<{type(self.o).__name__} at {id(self.o):x}>'
+    def __init__(self, o):
+        self.o = o
+
+    def __eq__(self, other):
+        return isinstance(other, Is) and self.o is other.o
+
+    def __hash__(self):
+        return id(self.o)
+
+    def __repr__(self):
+        return f"<{type(self.o).__name__} at {id(self.o):x}>"
 
 
 def differences(before: dict, after: dict, but=()) -> list:
@@ -235,12 +292,15 @@ def differences(before: dict, after: dict, but=()) -> list:
     out = []
     for key in dict.fromkeys(itertools.chain(before, after)):
         old, new = before.get(key), after.get(key)
-        if key[0] == 'param' and key[1] in but: old, new = old and old[0], new and new[0]
-        if old != new: out.append(key)
+        if key[0] == "param" and key[1] in but:
+            old, new = old and old[0], new and new[0]
+        if old != new:
+            out.append(key)
     return out
 
 
-def parameter_bits(model): return {n: bits(p) for n, p in model.named_parameters(remove_duplicate=False)}
+def parameter_bits(model):
+    return {n: bits(p) for n, p in model.named_parameters(remove_duplicate=False)}
 
 
 def moved(before: dict, model) -> set[str]:

@@ -1,4 +1,5 @@
 """Data that isn't shuffled, so that a test knows the first batch: 48 images, or any other columns."""
+
 from __future__ import annotations
 
 import torch
@@ -12,12 +13,18 @@ N = 48
 class Columns(tud.Dataset):
     "Map-style data from whole columns: tensors, or dicts of tensors."
 
-    def __init__(self, *columns): self.columns = columns
-    def __len__(self): return len(self.columns[-1])
-    def __getitem__(self, i): return tuple({k: v[i] for k, v in c.items()} if isinstance(c, dict) else c[i] for c in self.columns)
+    def __init__(self, *columns):
+        self.columns = columns
+
+    def __len__(self):
+        return len(self.columns[-1])
+
+    def __getitem__(self, i):
+        return tuple({k: v[i] for k, v in c.items()} if isinstance(c, dict) else c[i] for c in self.columns)
 
 
-def pixels(side=8, n=N): return torch.rand(n, 1, side, side, generator=torch.Generator().manual_seed(2))
+def pixels(side=8, n=N):
+    return torch.rand(n, 1, side, side, generator=torch.Generator().manual_seed(2))
 
 
 def loaders(x=None, bs=16):
@@ -26,4 +33,5 @@ def loaders(x=None, bs=16):
     return DataLoaders(*(DataLoader(data, bs=bs) for _ in range(2)))
 
 
-def complaints(recwarn): return [str(w.message) for w in recwarn if issubclass(w.category, UserWarning)]
+def complaints(recwarn):
+    return [str(w.message) for w in recwarn if issubclass(w.category, UserWarning)]

@@ -1,4 +1,5 @@
 """Real Learners on small real data (scikit-learn's digits), and a spy that writes down what training sees."""
+
 from __future__ import annotations
 
 import random
@@ -33,9 +34,14 @@ def items(n=160):
 
 def digits(n=160, bs=32, item_tfms=None, batch_tfms=None, **kwargs):
     "Digits as fastai's images: everything that fastai does with a Learner works on them."
-    block = DataBlock((ImageBlock(PILImageBW), CategoryBlock), getters=[ItemGetter(0), ItemGetter(1)],
-                      splitter=IndexSplitter(range(n*3//4, n)), item_tfms=item_tfms, batch_tfms=batch_tfms)
-    return block.dataloaders(items(n), bs=bs, num_workers=kwargs.pop('num_workers', 0), **kwargs)
+    block = DataBlock(
+        (ImageBlock(PILImageBW), CategoryBlock),
+        getters=[ItemGetter(0), ItemGetter(1)],
+        splitter=IndexSplitter(range(n * 3 // 4, n)),
+        item_tfms=item_tfms,
+        batch_tfms=batch_tfms,
+    )
+    return block.dataloaders(items(n), bs=bs, num_workers=kwargs.pop("num_workers", 0), **kwargs)
 
 
 def small_cnn(norm=None, n_out=10):
@@ -43,18 +49,26 @@ def small_cnn(norm=None, n_out=10):
     torch.manual_seed(5)
     mid = [norm(8)] if norm is not None else []
     return nn.Sequential(
-        nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), *mid, nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(inplace=True)),
-        nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(32, n_out)))
+        nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), *mid, nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(inplace=True)
+        ),
+        nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(32, n_out)),
+    )
 
 
-def body_and_head(model): return [params(model[0]), params(model[1])]
+def body_and_head(model):
+    return [params(model[0]), params(model[1])]
 
 
-def learner(dls=None, model=None, path='.', **kwargs):
+def learner(dls=None, model=None, path=".", **kwargs):
     "A Learner without progress bars."
     seed(11)
-    learn = Learner(dls if dls is not None else digits(), model if model is not None else small_cnn(), path=path,
-                    **{'loss_func': CrossEntropyLossFlat(), 'metrics': accuracy} | kwargs)
+    learn = Learner(
+        dls if dls is not None else digits(),
+        model if model is not None else small_cnn(),
+        path=path,
+        **{"loss_func": CrossEntropyLossFlat(), "metrics": accuracy} | kwargs,
+    )
     return learn.remove_cb(ProgressCallback)
 
 
@@ -64,7 +78,8 @@ def seed(n):
     torch.manual_seed(n)
 
 
-def ran(learn): return 'lsuv_report' in vars(learn)
+def ran(learn):
+    return "lsuv_report" in vars(learn)
 
 
 class Spy(Callback):
@@ -72,20 +87,25 @@ class Spy(Callback):
 
     order = 90
 
-    def __init__(self): self.states, self.audits, self.seen, self.streams, self.batch = [], [], [], [], None
+    def __init__(self):
+        self.states, self.audits, self.seen, self.streams, self.batch = [], [], [], [], None
 
     def before_epoch(self):
         self.states.append(parameter_bits(self.learn.model))
         self.streams.append(rng_print())
-        if self.batch is not None: self.audits.append(audit(self.learn.model, self.batch))
+        if self.batch is not None:
+            self.audits.append(audit(self.learn.model, self.batch))
 
     def before_batch(self):
         self.seen.append((self.learn.training, [bits(t) for t in (*self.learn.xb, *self.learn.yb)], rng_print()))
 
-    def watch(self, batch): self.batch = batch; return self
+    def watch(self, batch):
+        self.batch = batch
+        return self
 
 
-def exact(records): return all(abs(r.std - 1) <= 1e-3 and (not r.has_bias or abs(r.mean) <= 1e-3) for r in records)
+def exact(records):
+    return all(abs(r.std - 1) <= 1e-3 and (not r.has_bias or abs(r.mean) <= 1e-3) for r in records)
 
 
 two_groups = partial(learner, splitter=body_and_head)

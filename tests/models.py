@@ -1,4 +1,5 @@
 """A small zoo: models that are hard for layer-wise initialisation, and batches for them. Nothing of ours imported."""
+
 from __future__ import annotations
 
 from functools import partial
@@ -12,7 +13,7 @@ from torch import nn
 
 def images(n=8, c=3, side=16, seed=1, dtype=torch.float32):
     "Noise with a mean and a scale of its own, as images are before anyone normalises them."
-    return (torch.rand(n, c, side, side, generator=torch.Generator().manual_seed(seed)) * 2 + .3).to(dtype)
+    return (torch.rand(n, c, side, side, generator=torch.Generator().manual_seed(seed)) * 2 + 0.3).to(dtype)
 
 
 def rows(n=64, d=10, seed=1, dtype=torch.float32):
@@ -29,22 +30,28 @@ def mlp(*sizes, act=nn.ReLU, bias=True, inplace=False):
     return nn.Sequential(*layers[:-1])
 
 
-def convnet(depth=4, width=8, act=partial(nn.ReLU, inplace=True), norm=None, drop=0., n_out=10, bias=True):
+def convnet(depth=4, width=8, act=partial(nn.ReLU, inplace=True), norm=None, drop=0.0, n_out=10, bias=True):
     "Convolutions, activations that overwrite them, perhaps norms and dropout; a linear head."
     layers = []
     for i in range(depth):
         layers.append(nn.Conv2d(width if i else 3, width, 3, padding=1, bias=bias))
-        if norm is not None: layers.append(norm(width))
+        if norm is not None:
+            layers.append(norm(width))
         layers.append(act())
-        if drop: layers.append(nn.Dropout(drop))
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(width*4, n_out))
+        if drop:
+            layers.append(nn.Dropout(drop))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(width * 4, n_out))
 
 
 class Residual(nn.Module):
     "x + body(x), the sum overwritten by its activation."
 
-    def __init__(self, *body): super().__init__(); self.body = nn.Sequential(*body)
-    def forward(self, x): return F.relu_(x + self.body(x))
+    def __init__(self, *body):
+        super().__init__()
+        self.body = nn.Sequential(*body)
+
+    def forward(self, x):
+        return F.relu_(x + self.body(x))
 
 
 class Backwards(nn.Module):
@@ -54,7 +61,8 @@ class Backwards(nn.Module):
         super().__init__()
         self.last, self.middle, self.first = nn.Linear(d, 3), nn.Linear(d, d), nn.Linear(10, d)
 
-    def forward(self, x): return self.last(F.relu_(self.middle(F.relu_(self.first(x)))))
+    def forward(self, x):
+        return self.last(F.relu_(self.middle(F.relu_(self.first(x)))))
 
 
 class TwoInputs(nn.Module):
@@ -64,9 +72,9 @@ class TwoInputs(nn.Module):
         super().__init__()
         self.a, self.b, self.head = nn.Linear(10, 6), nn.Linear(4, 6), nn.Linear(12, 2)
 
-    def forward(self, a, b, scale=1.):
+    def forward(self, a, b, scale=1.0):
         h = torch.cat([self.a(a).relu_(), self.b(b) * scale], 1)
-        return {'logits': self.head(h), 'features': [h]}
+        return {"logits": self.head(h), "features": [h]}
 
 
 class Named(nn.Module):
@@ -78,15 +86,18 @@ class Named(nn.Module):
 
     def forward(self, x):
         y = self.fc(x)
-        return {'tuple': (y, x), 'dict': {'y': y, 'x': x}, 'nested': ({'deep': [y]}, x)}[self.kind]
+        return {"tuple": (y, x), "dict": {"y": y, "x": x}, "nested": ({"deep": [y]}, x)}[self.kind]
 
 
 class Unpack(nn.Module):
-    def __init__(self, inner): super().__init__(); self.inner, self.head = inner, nn.Linear(8, 2)
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.head = inner, nn.Linear(8, 2)
 
     def forward(self, x):
         out = self.inner(x)
-        while not isinstance(out, torch.Tensor): out = next(iter(out.values())) if isinstance(out, dict) else out[0]
+        while not isinstance(out, torch.Tensor):
+            out = next(iter(out.values())) if isinstance(out, dict) else out[0]
         return self.head(out)
 
 
@@ -98,11 +109,18 @@ class Shared(nn.Module):
 
     def __init__(self, n=3, act=torch.relu):
         super().__init__()
-        self.first, self.shared, self.last, self.n, self.act = nn.Linear(10, 8), nn.Linear(8, 8), nn.Linear(8, 3), n, act
+        self.first, self.shared, self.last, self.n, self.act = (
+            nn.Linear(10, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 3),
+            n,
+            act,
+        )
 
     def forward(self, x):
         x = self.first(x)
-        for _ in range(self.n): x = self.shared(self.act(x))
+        for _ in range(self.n):
+            x = self.shared(self.act(x))
         return self.last(self.act(x))
 
 
@@ -113,7 +131,8 @@ class TwoHeads(nn.Module):
         super().__init__()
         self.tower, self.head = nn.Linear(10, 8), nn.Linear(16, 3)
 
-    def forward(self, a, b): return self.head(torch.cat([self.tower(a), self.tower(b)], 1).relu())
+    def forward(self, a, b):
+        return self.head(torch.cat([self.tower(a), self.tower(b)], 1).relu())
 
 
 class TiedPair(nn.Module):
@@ -124,7 +143,8 @@ class TiedPair(nn.Module):
         self.first, self.a, self.b, self.last = nn.Linear(10, d), nn.Linear(d, d), nn.Linear(d, d), nn.Linear(d, 3)
         self.b.weight = self.a.weight
 
-    def forward(self, x): return self.last(self.b(self.a(self.first(x).relu()).relu()).relu())
+    def forward(self, x):
+        return self.last(self.b(self.a(self.first(x).relu()).relu()).relu())
 
 
 class TiedDecoder(nn.Module):
@@ -135,7 +155,8 @@ class TiedDecoder(nn.Module):
         self.embed, self.body, self.decoder = nn.Embedding(vocab, d), nn.Linear(d, d), nn.Linear(d, vocab)
         self.decoder.weight = self.embed.weight
 
-    def forward(self, ids): return self.decoder(torch.tanh(self.body(self.embed(ids))))
+    def forward(self, ids):
+        return self.decoder(torch.tanh(self.body(self.embed(ids))))
 
 
 # --- units that no list of types knows -------------------------------------------------------------------------------
@@ -149,7 +170,8 @@ class PlainLinear(nn.Module):
         base = nn.Linear(n_in, n_out, bias=bias)
         self.weight, self.bias = base.weight, base.bias
 
-    def forward(self, x): return F.linear(x, self.weight, self.bias)
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
 
 
 class Conv1D(nn.Module):
@@ -160,19 +182,22 @@ class Conv1D(nn.Module):
         self.nf, self.weight, self.bias = nf, nn.Parameter(torch.empty(nx, nf)), nn.Parameter(torch.zeros(nf))
         nn.init.normal_(self.weight, std=0.02)
 
-    def forward(self, x): return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
 
 
 class Doubled(nn.Conv2d):
     "A subclass with a forward of its own, still affine: twice the convolution and once its bias."
 
-    def forward(self, x): return 2 * self._conv_forward(x, self.weight, None) + self.bias[:, None, None]
+    def forward(self, x):
+        return 2 * self._conv_forward(x, self.weight, None) + self.bias[:, None, None]
 
 
 class Rectified(nn.Linear):
     "A subclass with a forward of its own that is not affine."
 
-    def forward(self, x): return super().forward(x).relu()
+    def forward(self, x):
+        return super().forward(x).relu()
 
 
 class Standardised(nn.Conv2d):
@@ -185,8 +210,12 @@ class Standardised(nn.Conv2d):
 
 
 class Bilinear(nn.Module):
-    def __init__(self): super().__init__(); self.bi, self.head = nn.Bilinear(10, 10, 6), nn.Linear(6, 3)
-    def forward(self, x): return self.head(self.bi(x, x.flip(1)).relu())
+    def __init__(self):
+        super().__init__()
+        self.bi, self.head = nn.Bilinear(10, 10, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.bi(x, x.flip(1)).relu())
 
 
 class Attention(nn.Module):
@@ -194,15 +223,21 @@ class Attention(nn.Module):
 
     def __init__(self, d=16):
         super().__init__()
-        self.embed, self.attn, self.head = nn.Linear(10, d), nn.MultiheadAttention(d, 4, batch_first=True), nn.Linear(d, 3)
+        self.embed, self.attn, self.head = (
+            nn.Linear(10, d),
+            nn.MultiheadAttention(d, 4, batch_first=True),
+            nn.Linear(d, 3),
+        )
 
-    def forward(self, x): return self.head((h := self.embed(x)) + self.attn(h, h, h)[0])
+    def forward(self, x):
+        return self.head((h := self.embed(x)) + self.attn(h, h, h)[0])
 
 
 def old_weight_norm(layer):
     import warnings
+
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', FutureWarning)
+        warnings.simplefilter("ignore", FutureWarning)
         return nn.utils.weight_norm(layer)
 
 
@@ -212,32 +247,45 @@ def old_weight_norm(layer):
 class Stumble(nn.Module):
     "Raises `error` at its `at`-th call."
 
-    def __init__(self, error, at=1): super().__init__(); self.error, self.at, self.calls = error, at, [0]
+    def __init__(self, error, at=1):
+        super().__init__()
+        self.error, self.at, self.calls = error, at, [0]
 
     def forward(self, x):
         self.calls[0] += 1
-        if self.calls[0] == self.at: raise self.error
+        if self.calls[0] == self.at:
+            raise self.error
         return x
 
 
 class Picky(Exception):
     "An exception that can't be built from a message alone."
 
-    def __init__(self, code, where): super().__init__(f'{code} at {where}'); self.code, self.where = code, where
+    def __init__(self, code, where):
+        super().__init__(f"{code} at {where}")
+        self.code, self.where = code, where
 
 
 class Noisy(nn.Module):
     "Samples in every mode, as a variational auto-encoder does."
 
-    def __init__(self): super().__init__(); self.mu, self.sigma, self.out = nn.Linear(10, 8), nn.Linear(10, 8), nn.Linear(8, 4)
-    def forward(self, x): return self.out(self.mu(x) + torch.randn(len(x), 8) * self.sigma(x))
+    def __init__(self):
+        super().__init__()
+        self.mu, self.sigma, self.out = nn.Linear(10, 8), nn.Linear(10, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.out(self.mu(x) + torch.randn(len(x), 8) * self.sigma(x))
 
 
 class Auxiliary(nn.Module):
     "A head that runs in training only (inception, googlenet)."
 
-    def __init__(self): super().__init__(); self.body, self.aux, self.head = nn.Linear(10, 8), nn.Linear(8, 2), nn.Linear(8, 2)
-    def forward(self, x): return (self.head(h := self.body(x).relu()), *([self.aux(h)] if self.training else []))
+    def __init__(self):
+        super().__init__()
+        self.body, self.aux, self.head = nn.Linear(10, 8), nn.Linear(8, 2), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return (self.head(h := self.body(x).relu()), *([self.aux(h)] if self.training else []))
 
 
 # --- the course's layers (fast.ai part 2, 2019, notebook 07a_lsuv) ---------------------------------------------------
@@ -252,27 +300,35 @@ class GeneralReLU(nn.Module):
 
     def forward(self, x):
         x = F.leaky_relu(x, self.leak) if self.leak is not None else F.relu(x)
-        if self.sub is not None: x = x.sub_(self.sub) if self.inplace else x - self.sub
-        if self.maxv is not None: x = x.clamp_max_(self.maxv) if self.inplace else x.clamp_max(self.maxv)
+        if self.sub is not None:
+            x = x.sub_(self.sub) if self.inplace else x - self.sub
+        if self.maxv is not None:
+            x = x.clamp_max_(self.maxv) if self.inplace else x.clamp_max(self.maxv)
         return x
 
 
 class ConvLayer(nn.Module):
     "The course's block: its bias is what its rectifier subtracts."
 
-    def __init__(self, ni, nf, ks=3, stride=2, sub=0., **kwargs):
+    def __init__(self, ni, nf, ks=3, stride=2, sub=0.0, **kwargs):
         super().__init__()
-        self.conv = nn.Conv2d(ni, nf, ks, padding=ks//2, stride=stride, bias=True)
+        self.conv = nn.Conv2d(ni, nf, ks, padding=ks // 2, stride=stride, bias=True)
         self.relu = GeneralReLU(sub=sub, **kwargs)
 
-    def forward(self, x): return self.relu(self.conv(x))
+    def forward(self, x):
+        return self.relu(self.conv(x))
 
     @property
-    def bias(self): return -self.relu.sub
+    def bias(self):
+        return -self.relu.sub
+
     @bias.setter
-    def bias(self, v): self.relu.sub = -v
+    def bias(self, v):
+        self.relu.sub = -v
+
     @property
-    def weight(self): return self.conv.weight
+    def weight(self):
+        return self.conv.weight
 
 
 class Offset(nn.Module):
@@ -282,14 +338,20 @@ class Offset(nn.Module):
         super().__init__()
         self.fc, self.offset = nn.Linear(n_in, n_out), nn.Parameter(torch.zeros(n_out))
 
-    def forward(self, x): return self.fc(x).relu_() + self.offset
+    def forward(self, x):
+        return self.fc(x).relu_() + self.offset
 
     @property
-    def bias(self): return self.offset
+    def bias(self):
+        return self.offset
+
     @bias.setter
-    def bias(self, v): self.offset.data.copy_(torch.as_tensor(v))
+    def bias(self, v):
+        self.offset.data.copy_(torch.as_tensor(v))
+
     @property
-    def weight(self): return self.fc.weight
+    def weight(self):
+        return self.fc.weight
 
 
 def course_net(n_in=1, nfs=(8, 16, 32, 64, 64), n_out=10, **kwargs):

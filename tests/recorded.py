@@ -1,4 +1,5 @@
 """A fit of any model on any inputs, with a recorder and a witness beside it."""
+
 from __future__ import annotations
 
 import torch
@@ -13,8 +14,11 @@ from fastai_lsuv import ActivationStatsRecorder
 
 class OneValue(nn.Module):
     "A loss that any output has."
+
     def forward(self, out, y):
-        leaves = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        leaves = [
+            t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_floating_point()
+        ]
         return sum(t.float().mean() for t in leaves)
 
 
@@ -33,5 +37,9 @@ def fed(model, *inputs, bs=None, batches=2, cbs=(), train=lambda learn: learn.fi
 
 
 class Checkpointed(nn.Module):
-    def __init__(self, use_reentrant, net): super().__init__(); self.net, self.use_reentrant = net, use_reentrant
-    def forward(self, x): return checkpoint(self.net, x.requires_grad_(), use_reentrant=self.use_reentrant)
+    def __init__(self, use_reentrant, net):
+        super().__init__()
+        self.net, self.use_reentrant = net, use_reentrant
+
+    def forward(self, x):
+        return checkpoint(self.net, x.requires_grad_(), use_reentrant=self.use_reentrant)

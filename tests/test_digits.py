@@ -1,4 +1,5 @@
 """What it is for: a plain deep network on digits that stays at chance without LSUV, and trains with it."""
+
 import pytest
 import torch
 from audit import audit
@@ -21,21 +22,21 @@ def test_the_demo_s_net_is_plain_and_deep():
     net = plain_cnn()
     weighted = [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     assert len(weighted) == 17
-    assert not [m for m in net.modules() if 'Norm' in type(m).__name__]
+    assert not [m for m in net.modules() if "Norm" in type(m).__name__]
     x = digits_dls().one_batch()[0]
     stds = [r.std for r in audit(net, x)]
-    assert stds[-1] < .1, 'with default weights the signal dies'
+    assert stds[-1] < 0.1, "with default weights the signal dies"
 
 
 @pytest.mark.slow
 def test_without_it_stays_at_chance():
-    assert trained()[1] < .2
+    assert trained()[1] < 0.2
 
 
 @pytest.mark.slow
 def test_with_it_trains():
     learn, score = trained(LSUVCallback())
-    assert score > .85
+    assert score > 0.85
     assert len(learn.lsuv_report) == 17
     assert learn.lsuv_report.converged
     assert all(torch.isfinite(p).all() for p in learn.model.parameters())

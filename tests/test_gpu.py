@@ -1,4 +1,5 @@
 """What only a GPU shows: its autocast, half-precision models, its memory formats, random streams, waits and nccl."""
+
 import os
 import warnings
 
@@ -12,19 +13,21 @@ from torch import nn
 
 from fastai_lsuv import ActivationStatsRecorder, LSUVCallback, lsuv_
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 EPS = {torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 
 @pytest.fixture
-def dls(): return digits(device=torch.device('cuda'), shuffle=False)
+def dls():
+    return digits(device=torch.device("cuda"), shuffle=False)
 
 
-def near(records, eps): return all(abs(r.std - 1) <= 1e-3 + 4 * eps * max(1, abs(r.mean)) for r in records)
+def near(records, eps):
+    return all(abs(r.std - 1) <= 1e-3 + 4 * eps * max(1, abs(r.mean)) for r in records)
 
 
-@pytest.mark.parametrize('dtype', EPS)
-@pytest.mark.parametrize('norm', [None, nn.BatchNorm2d])
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("norm", [None, nn.BatchNorm2d])
 def test_measured_under_the_training_s_autocast(dls, dtype, norm, tmp_path):
     learn = learner(dls, small_cnn(norm), path=tmp_path, cbs=[LSUVCallback(), spy := Spy()])
     learn = learn.to_fp16() if dtype == torch.float16 else learn.to_bf16()
@@ -32,9 +35,11 @@ def test_measured_under_the_training_s_autocast(dls, dtype, norm, tmp_path):
     learn.fit(1)
     assert ran(learn) and learn.lsuv_report.converged
     fresh = small_cnn(norm).cuda()
-    with torch.autocast('cuda', dtype): lsuv_(fresh, x)
+    with torch.autocast("cuda", dtype):
+        lsuv_(fresh, x)
     assert parameter_bits(fresh) == spy.states[0]
-    with torch.autocast('cuda', dtype): assert near(audit(fresh, x), EPS[dtype])
+    with torch.autocast("cuda", dtype):
+        assert near(audit(fresh, x), EPS[dtype])
 
 
 def test_model_to_half(dls, tmp_path):
@@ -52,16 +57,18 @@ def test_channels_last_stays(dls, tmp_path):
 
 
 def test_the_random_stream_of_the_device():
-    model = nn.Sequential(small_cnn(), nn.Dropout(.5)).cuda().train()
+    model = nn.Sequential(small_cnn(), nn.Dropout(0.5)).cuda().train()
     before = torch.cuda.get_rng_state()
-    lsuv_(model, torch.randn(32, 1, 8, 8, device='cuda'))
+    lsuv_(model, torch.randn(32, 1, 8, 8, device="cuda"))
     assert torch.equal(before, torch.cuda.get_rng_state())
 
 
 def test_the_cpu_and_the_gpu_agree():
     models, x = [small_cnn(), small_cnn().cuda()], torch.randn(64, 1, 8, 8)
-    for model, inputs in zip(models, (x, x.cuda())): lsuv_(model, inputs)
-    for a, b in zip(*(m.parameters() for m in models)): torch.testing.assert_close(a, b.cpu(), rtol=1e-3, atol=1e-4)
+    for model, inputs in zip(models, (x, x.cuda())):
+        lsuv_(model, inputs)
+    for a, b in zip(*(m.parameters() for m in models)):
+        torch.testing.assert_close(a, b.cpu(), rtol=1e-3, atol=1e-4)
 
 
 def waits(model, x, **options):
@@ -70,18 +77,19 @@ def waits(model, x, **options):
     torch.cuda.synchronize()
     mode = torch.cuda.get_sync_debug_mode()
     try:
-        torch.cuda.set_sync_debug_mode('warn')
+        torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter('always')
+            warnings.simplefilter("always")
             report = lsuv_(model, x, **options)
-    finally: torch.cuda.set_sync_debug_mode(mode)
-    assert all(row.status == 'corrected' for row in report)
-    return sum('synchroniz' in str(w.message) for w in caught)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    assert all(row.status == "corrected" for row in report)
+    return sum("synchroniz" in str(w.message) for w in caught)
 
 
-@pytest.mark.parametrize('options', [{}, dict(per_channel=True)], ids=['pooled', 'per channel'])
+@pytest.mark.parametrize("options", [{}, dict(per_channel=True)], ids=["pooled", "per channel"])
 def test_the_number_of_waits_does_not_grow_with_depth(options):
-    nets = [mlp(32, *[64]*depth, 10) for depth in (4, 40)]
+    nets = [mlp(32, *[64] * depth, 10) for depth in (4, 40)]
     few, many = (waits(net, rows(256, 32), **options) for net in nets)
     assert 0 < few == many
 
@@ -96,9 +104,10 @@ def test_lsuv_init_before_any_fit_moves_the_model(dls, tmp_path):
 
 def test_messages_between_ranks_travel_by_nccl(dls, tmp_path, monkeypatch):
     from fastai.distributed import DistributedTrainer
-    for name, value in dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0').items():
+
+    for name, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0").items():
         monkeypatch.setitem(os.environ, name, value)
-    torch.distributed.init_process_group('nccl', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         learn, alone = learner(dls, path=tmp_path, cbs=LSUVCallback()), learner(dls, path=tmp_path, cbs=LSUVCallback())
         learn.add_cb(DistributedTrainer(sync_bn=False)).add_cb(spy := Spy())
@@ -106,30 +115,51 @@ def test_messages_between_ranks_travel_by_nccl(dls, tmp_path, monkeypatch):
         learn.fit(1)
         alone.fit(1)
         assert list(spy.states[0].values()) == list(spy_alone.states[0].values())
-    finally: torch.distributed.destroy_process_group()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 class NoWait(Callback):
     "From the recorder's `before_batch` on, and in the backward, no operation may wait for the device."
+
     order = 99
-    def before_batch(self): torch.cuda.set_sync_debug_mode('error')
-    def after_pred(self): torch.cuda.set_sync_debug_mode('default')
+
+    def before_batch(self):
+        torch.cuda.set_sync_debug_mode("error")
+
+    def after_pred(self):
+        torch.cuda.set_sync_debug_mode("default")
+
     before_backward, after_backward = before_batch, after_pred
 
 
-@pytest.mark.parametrize('options', [{}, dict(with_hist=True), dict(with_hist=True, with_grad=True, valid=True)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(with_hist=True), dict(with_hist=True, with_grad=True, valid=True)], ids=str
+)
 def test_no_hook_waits_for_the_device(dls, tmp_path, options):
     "Neither those of the forward nor of the backward, nor what is computed of their samples when the batch is over."
-    model = nn.Sequential(nn.Conv2d(1, 512, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(512, 8, 3, 2, 1), nn.Flatten(), nn.Linear(128, 10))
+    model = nn.Sequential(
+        nn.Conv2d(1, 512, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(512, 8, 3, 2, 1),
+        nn.Flatten(),
+        nn.Linear(128, 10),
+    )
     learn = learner(dls, model, path=tmp_path, metrics=[], cbs=[rec := ActivationStatsRecorder(**options), NoWait()])
     end = rec._end_batch
+
     def watched():
         before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode('error')
-        try: end()
-        finally: torch.cuda.set_sync_debug_mode(before)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            end()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
     rec._end_batch = watched
-    try: learn.fit(1)
-    finally: torch.cuda.set_sync_debug_mode('default')
+    try:
+        learn.fit(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     frame = rec.to_frame()
-    assert len(frame[frame.phase == 'train'].step.unique()) == len(dls.train) and frame['std'].notna().all()
+    assert len(frame[frame.phase == "train"].step.unique()) == len(dls.train) and frame["std"].notna().all()

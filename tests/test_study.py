@@ -1,4 +1,5 @@
 """The study in nbs/: what was run isn't run again, its networks are what the tables call them, and its tables are right."""
+
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from fastai.layers import flatten_model
 from torch import nn
 
-sys.path.append(str(Path(__file__).parent.parent / 'nbs'))
+sys.path.append(str(Path(__file__).parent.parent / "nbs"))
 import study
 
 
@@ -18,69 +19,92 @@ def test_the_full_study_contains_the_short_one():
     assert len(short) == len(set(short)) and len(full) == len(set(full)) and set(short) < set(full)
 
 
-@pytest.mark.parametrize('act', study.ACTS)
-@pytest.mark.parametrize('depth', [5, 17])
+@pytest.mark.parametrize("act", study.ACTS)
+@pytest.mark.parametrize("depth", [5, 17])
 def test_thin_nets_have_their_layers_and_nothing_else(act, depth):
     net = study.thin_cnn(act, depth, 8)
     layers = flatten_model(net)
-    assert sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in layers) == depth and net(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+    assert sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in layers) == depth and net(
+        torch.randn(2, 1, 8, 8)
+    ).shape == (2, 10)
     assert {type(m) for m in layers} <= {nn.Conv2d, nn.Linear, nn.Flatten, type(study.ACTS[act])}
 
 
-@pytest.mark.parametrize('net', study.NETS)
-def test_other_nets_take_digits(net): assert study.NETS[net]()(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+@pytest.mark.parametrize("net", study.NETS)
+def test_other_nets_take_digits(net):
+    assert study.NETS[net]()(torch.randn(2, 1, 8, 8)).shape == (2, 10)
 
 
 def test_what_was_run_is_not_run_again(tmp_path, monkeypatch, capsys):
-    runs = [study.Run('table', 'relu', 5, 4, init, 1e-3, 1, 0) for init in ('default', 'LSUV mirrored')]
-    monkeypatch.setattr(study, 'CSV', tmp_path / 'study.csv')
-    monkeypatch.setattr(study, 'runs', lambda full=False: runs[:1])
+    runs = [study.Run("table", "relu", 5, 4, init, 1e-3, 1, 0) for init in ("default", "LSUV mirrored")]
+    monkeypatch.setattr(study, "CSV", tmp_path / "study.csv")
+    monkeypatch.setattr(study, "runs", lambda full=False: runs[:1])
     study.study(workers=1)
     first = study.CSV.read_text()
-    monkeypatch.setattr(study, 'runs', lambda full=False: runs)
+    monkeypatch.setattr(study, "runs", lambda full=False: runs)
     study.study(workers=1)
     assert study.CSV.read_text().startswith(first) and not study.remaining(full=False)
     df = study.read()
-    assert list(df.init) == ['default', 'LSUV mirrored'] and df.accuracy.between(0, 1).all()
-    assert '1 runs to make' in capsys.readouterr().out
+    assert list(df.init) == ["default", "LSUV mirrored"] and df.accuracy.between(0, 1).all()
+    assert "1 runs to make" in capsys.readouterr().out
     study.study(workers=1)
     assert len(study.read()) == 2
 
 
 def test_a_run_is_the_same_each_time():
-    run = study.Run('table', 'tanh', 5, 4, 'LSUV', 3e-3, 1, 7)
+    run = study.Run("table", "tanh", 5, 4, "LSUV", 3e-3, 1, 7)
     a, b = study.train(run), study.train(run)
-    assert a['accuracy'] == b['accuracy'] and a['steps'] == b['steps']
+    assert a["accuracy"] == b["accuracy"] and a["steps"] == b["steps"]
 
 
 def results():
     "Accuracy rises from .2 to .8 over two decades for one initialisation, is .5 throughout for the other; a seed is .1 above and one below."
-    rows = [dict(net='relu', init=init, lr=lr, seed=seed, accuracy=acc + (seed - 1) * .1, steps=steps if acc > .3 else None)
-            for init, accs in {'LSUV': [.2, .5, .8], 'default': [.5, .5, .5]}.items()
-            for lr, acc, steps in zip([1e-3, 1e-2, 1e-1], accs, [90, 60, 30]) for seed in range(3)]
+    rows = [
+        dict(
+            net="relu", init=init, lr=lr, seed=seed, accuracy=acc + (seed - 1) * 0.1, steps=steps if acc > 0.3 else None
+        )
+        for init, accs in {"LSUV": [0.2, 0.5, 0.8], "default": [0.5, 0.5, 0.5]}.items()
+        for lr, acc, steps in zip([1e-3, 1e-2, 1e-1], accs, [90, 60, 30])
+        for seed in range(3)
+    ]
     return pd.DataFrame(rows)
 
 
 def test_tables():
     best, area = study.best(results()), study.area(results())
-    row = best.loc['relu', 'LSUV']
-    np.testing.assert_allclose(row[['lr', 'median', 'low', 'high', 'runs', 'steps']].astype(float), [.1, .8, .7, .9, 3, 30])
-    assert area['relu', 'LSUV'] == pytest.approx(.5) and area['relu', 'default'] == pytest.approx(.5)
+    row = best.loc["relu", "LSUV"]
+    np.testing.assert_allclose(
+        row[["lr", "median", "low", "high", "runs", "steps"]].astype(float), [0.1, 0.8, 0.7, 0.9, 3, 30]
+    )
+    assert area["relu", "LSUV"] == pytest.approx(0.5) and area["relu", "default"] == pytest.approx(0.5)
 
 
 def test_figures():
-    df = results().assign(depth=17, part='table')
+    df = results().assign(depth=17, part="table")
     ax = study.plot_table(df).axes[0]
-    assert [t.get_text() for t in ax.get_yticklabels()] == ['default', 'LSUV'] and [t.get_text() for t in ax.texts] == ['.50', '.80']
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["default", "LSUV"] and [t.get_text() for t in ax.texts] == [
+        ".50",
+        ".80",
+    ]
     (ax,) = study.plot_depth(df).axes
-    assert ax.get_title() == 'relu'
+    assert ax.get_title() == "relu"
 
 
-@pytest.mark.parametrize('table', study.tables(), ids=['plain', 'norms', 'deep'])
-def test_the_readme_s_tables_are_what_the_study_prints(table): assert table in (study.HERE.parent / 'README.md').read_text(encoding='utf-8')
+@pytest.mark.parametrize("table", study.tables(), ids=["plain", "norms", "deep"])
+def test_the_readme_s_tables_are_what_the_study_prints(table):
+    assert table in (study.HERE.parent / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize('act, depth, width, least', [('sigmoid', 17, 24, .9), ('relu', 100, 24, .95), ('relu', 100, 25, .94), ('leaky 1/3', 100, 24, .95), ('tanh', 100, 24, .95)])
+@pytest.mark.parametrize(
+    "act, depth, width, least",
+    [
+        ("sigmoid", 17, 24, 0.9),
+        ("relu", 100, 24, 0.95),
+        ("relu", 100, 25, 0.94),
+        ("leaky 1/3", 100, 24, 0.95),
+        ("tanh", 100, 24, 0.95),
+    ],
+)
 def test_the_recorded_depths_hold_for_every_seed(act, depth, width, least):
     runs = study.read().query('part == "deep" and net == @act and depth == @depth and width == @width')
     assert len(runs) >= 3 and runs.accuracy.min() >= least
@@ -88,15 +112,21 @@ def test_the_recorded_depths_hold_for_every_seed(act, depth, width, least):
 
 def test_bounded_branches_undo_the_harm_where_no_norm_holds_them():
     norms = study.read().query('part == "norms"')
-    for net in ('xresnet, no norm in blocks', '100 residual blocks, no norm'):
+    for net in ("xresnet, no norm in blocks", "100 residual blocks, no norm"):
         runs = norms[norms.net == net]
-        steps = runs.assign(steps=runs.steps.fillna(np.inf)).groupby(['lr', 'init']).steps.median().unstack()
-        assert len(steps) >= 3 and (steps['LSUV residual'] < steps['LSUV']).all() and (steps['default'] < steps['LSUV']).all()
+        steps = runs.assign(steps=runs.steps.fillna(np.inf)).groupby(["lr", "init"]).steps.median().unstack()
+        assert (
+            len(steps) >= 3
+            and (steps["LSUV residual"] < steps["LSUV"]).all()
+            and (steps["default"] < steps["LSUV"]).all()
+        )
         area = study.area(runs)[net]
-        assert area['LSUV residual'] > area['LSUV'] + .01 and area['LSUV residual'] == pytest.approx(area['default'], abs=.015)
+        assert area["LSUV residual"] > area["LSUV"] + 0.01 and area["LSUV residual"] == pytest.approx(
+            area["default"], abs=0.015
+        )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('act', ['relu', 'tanh'])
+@pytest.mark.parametrize("act", ["relu", "tanh"])
 def test_a_hundred_plain_layers_train(act):
-    assert study.train(study.Run('deep', act, 100, 16, 'LSUV mirrored', 1e-3, 2, 3))['accuracy'] > .8
+    assert study.train(study.Run("deep", act, 100, 16, "LSUV mirrored", 1e-3, 2, 3))["accuracy"] > 0.8

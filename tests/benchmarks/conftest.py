@@ -1,4 +1,5 @@
 """Benchmarks are tests, too: they find their own rooms, and the settings that all tests have."""
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """What is compared: models, a forward pass as LSUV makes it, `lsuv_`, the PyPI package `lsuv`, the fast.ai course's loop."""
+
 from __future__ import annotations
 
 import contextlib
@@ -12,10 +13,10 @@ import torchvision.models as tv
 from torch import nn
 
 from fastai_lsuv import lsuv_
-from fastai_lsuv.correction import Correction
-from fastai_lsuv.options import Options
-from fastai_lsuv.rehearsal import Rehearsal
-from fastai_lsuv.survey import survey
+from fastai_lsuv.core.correction import Correction
+from fastai_lsuv.core.discovery import survey
+from fastai_lsuv.core.dry_run import Rehearsal
+from fastai_lsuv.core.options import Options
 
 
 def mlp(depth=100, width=512):
@@ -25,12 +26,12 @@ def mlp(depth=100, width=512):
 
 
 MODELS = {  # name: (builder, shape of the batch, shape of a small one, on which the others' passes are counted)
-    'ResNet-50': (tv.resnet50, (16, 3, 128, 128), (2, 3, 64, 64)),
-    'VGG-16-BN': (tv.vgg16_bn, (16, 3, 128, 128), (2, 3, 64, 64)),
-    'ViT-B/16': (partial(tv.vit_b_16, image_size=128), (16, 3, 128, 128), (1, 3, 128, 128)),
-    'ConvNeXt-T': (tv.convnext_tiny, (16, 3, 128, 128), (2, 3, 64, 64)),
-    'MobileNetV2': (tv.mobilenet_v2, (16, 3, 128, 128), (2, 3, 64, 64)),
-    'MLP, 100 layers': (mlp, (512, 512), (8, 512)),
+    "ResNet-50": (tv.resnet50, (16, 3, 128, 128), (2, 3, 64, 64)),
+    "VGG-16-BN": (tv.vgg16_bn, (16, 3, 128, 128), (2, 3, 64, 64)),
+    "ViT-B/16": (partial(tv.vit_b_16, image_size=128), (16, 3, 128, 128), (1, 3, 128, 128)),
+    "ConvNeXt-T": (tv.convnext_tiny, (16, 3, 128, 128), (2, 3, 64, 64)),
+    "MobileNetV2": (tv.mobilenet_v2, (16, 3, 128, 128), (2, 3, 64, 64)),
+    "MLP, 100 layers": (mlp, (512, 512), (8, 512)),
 }
 
 
@@ -44,19 +45,22 @@ def build(name, small=False):
 # --- one forward pass ----------------------------------------------------------------------------------------------------
 
 
-def in_eval_mode(model): return model.eval()
+def in_eval_mode(model):
+    return model.eval()
 
 
 def as_lsuv_measures(model):
     "Eval mode, but batch norms on the batch's own statistics, as training will see it."
     model.eval()
     for m in model.modules():
-        if isinstance(m, nn.modules.batchnorm._NormBase): m.train()
+        if isinstance(m, nn.modules.batchnorm._NormBase):
+            m.train()
     return model
 
 
 def forward_pass(model, x):
-    with torch.no_grad(): model(x)
+    with torch.no_grad():
+        model(x)
 
 
 # --- ours ----------------------------------------------------------------------------------------------------------------
@@ -78,7 +82,9 @@ whole = lsuv_
 def package(model, x):
     "`lsuv` from PyPI with its default settings; it prints, which is caught."
     from lsuv import lsuv_with_singlebatch
-    with contextlib.redirect_stdout(io.StringIO()): lsuv_with_singlebatch(model, x)
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        lsuv_with_singlebatch(model, x)
 
 
 def course(model, x, max_steps=10):
@@ -88,20 +94,24 @@ def course(model, x, max_steps=10):
     and each loop ends after `max_steps` (where the bias alone spreads more than is wanted it has no end).
     """
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
-    for m in running(model, layers, x): lsuv_module(model, m, x, max_steps)
+    for m in running(model, layers, x):
+        lsuv_module(model, m, x, max_steps)
 
 
 @torch.no_grad()
 def lsuv_module(mdl, m, xb, max_steps):
     stat = {}
-    def append_stat(mod, inp, outp): stat.update(mean=outp.data.mean().item(), std=outp.data.std().item())
+
+    def append_stat(mod, inp, outp):
+        stat.update(mean=outp.data.mean().item(), std=outp.data.std().item())
+
     h = m.register_forward_hook(append_stat)
     steps = 0
-    while m.bias is not None and mdl(xb) is not None and abs(stat['mean']) > 1e-3 and (steps := steps + 1) <= max_steps:
-        m.bias -= stat['mean']
+    while m.bias is not None and mdl(xb) is not None and abs(stat["mean"]) > 1e-3 and (steps := steps + 1) <= max_steps:
+        m.bias -= stat["mean"]
     steps = 0
-    while mdl(xb) is not None and abs(stat['std'] - 1) > 1e-3 and (steps := steps + 1) <= max_steps:
-        m.weight.data /= stat['std']
+    while mdl(xb) is not None and abs(stat["std"] - 1) > 1e-3 and (steps := steps + 1) <= max_steps:
+        m.weight.data /= stat["std"]
     h.remove()
 
 
@@ -110,22 +120,30 @@ def running(model, layers, x):
     ran = set()
     hooks = [m.register_forward_hook(lambda m, args, out: ran.add(m)) for m in layers]
     type(model).forward(model, x)  # not a pass of the loop's: no hook on the model counts it
-    for h in hooks: h.remove()
+    for h in hooks:
+        h.remove()
     return [m for m in layers if m in ran]
 
 
 class Passes:
     "Counts the forward passes of a model for the length of a `with` block, and the seconds spent in and beside them."
 
-    def __init__(self, model): self.model, self.n, self.inside = model, 0, 0.
+    def __init__(self, model):
+        self.model, self.n, self.inside = model, 0, 0.0
 
     def __enter__(self):
-        def before(m, args): self.n += 1; self.entered = time.perf_counter()
-        def after(m, args, out): self.inside += time.perf_counter() - self.entered
+        def before(m, args):
+            self.n += 1
+            self.entered = time.perf_counter()
+
+        def after(m, args, out):
+            self.inside += time.perf_counter() - self.entered
+
         self.hooks = [self.model.register_forward_pre_hook(before), self.model.register_forward_hook(after)]
         self.started = time.perf_counter()
         return self
 
     def __exit__(self, *error):
         self.beside = time.perf_counter() - self.started - self.inside
-        for h in self.hooks: h.remove()
+        for h in self.hooks:
+            h.remove()

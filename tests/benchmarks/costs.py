@@ -1,4 +1,5 @@
 """How it is measured: side by side in one process, in turns, so that whatever else the machine does hits all alike."""
+
 from __future__ import annotations
 
 import copy
@@ -41,18 +42,21 @@ class Turns:
 
     def beside(self):
         "Seconds of all but the whole."
-        row = dict(eval=seconds(forward_pass, in_eval_mode(self.fresh()), self.x),
-                   forward=seconds(forward_pass, as_lsuv_measures(self.fresh()), self.x))
-        with correcting_pass(self.fresh(), self.x) as correct: row['correcting'] = seconds(correct)
+        row = dict(
+            eval=seconds(forward_pass, in_eval_mode(self.fresh()), self.x),
+            forward=seconds(forward_pass, as_lsuv_measures(self.fresh()), self.x),
+        )
+        with correcting_pass(self.fresh(), self.x) as correct:
+            row["correcting"] = seconds(correct)
         return row
 
     def round(self):
         row = self.beside()
-        row['whole'] = seconds(whole, self.fresh(), self.x)
+        row["whole"] = seconds(whole, self.fresh(), self.x)
         self.add(row)
 
     def add(self, row):
-        row['forward'] = (row['forward'] + seconds(forward_pass, as_lsuv_measures(self.fresh()), self.x)) / 2
+        row["forward"] = (row["forward"] + seconds(forward_pass, as_lsuv_measures(self.fresh()), self.x)) / 2
         self.rows.append(row)
 
     def rounds_in(self, budget):
@@ -60,11 +64,12 @@ class Turns:
         forward_pass(as_lsuv_measures(self.fresh()), self.x)
         return max(3, min(25, int(budget / 9 / seconds(forward_pass, self.model, self.x))))
 
-    def ratio(self, of, to='forward'):
+    def ratio(self, of, to="forward"):
         "Median over the rounds."
         return median(row[of] / row[to] for row in self.rows)
 
-    def seconds(self, of): return median(row[of] for row in self.rows)
+    def seconds(self, of):
+        return median(row[of] for row in self.rows)
 
 
 def others(name):
@@ -74,16 +79,18 @@ def others(name):
     measured: neither grows with the batch. What a pass takes is measured on the large batch, in eval mode, which is theirs.
     """
     counts = {}
-    for label, run in (('package', package), ('course', course)):
+    for label, run in (("package", package), ("course", course)):
         model, x = build(name, small=True)
-        with Passes(model) as counts[label]: run(model.eval(), x)
+        with Passes(model) as counts[label]:
+            run(model.eval(), x)
     return counts
 
 
 def peak_bytes(f, *args):
     "The most that PyTorch's CPU allocator held at a time, beyond what was there, by its own account."
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof: f(*args)
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == '[memory]']
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        f(*args)
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for e in sorted(events, key=lambda e: e.start_ns()):
         held += e.nbytes()
@@ -105,9 +112,15 @@ def by_depth(depth, width=32, n=32):
     "Seconds of one forward pass, of LSUV and of the course's loop, on a plain network of so many layers."
     torch.manual_seed(0)
     first, x = mlp(depth, width), torch.randn(n, width)
-    def fresh(): return copy.deepcopy(first)
+
+    def fresh():
+        return copy.deepcopy(first)
+
     forward_pass(fresh(), x)
-    times = dict(forward=median(seconds(forward_pass, m, x) for m in [fresh()] * 9),
-                 ours=median(seconds(whole, fresh(), x) for _ in range(5)))
-    with Passes(model := fresh()) as passes: times['course'] = seconds(course, model, x)
+    times = dict(
+        forward=median(seconds(forward_pass, m, x) for m in [fresh()] * 9),
+        ours=median(seconds(whole, fresh(), x) for _ in range(5)),
+    )
+    with Passes(model := fresh()) as passes:
+        times["course"] = seconds(course, model, x)
     return times | dict(course_passes=passes.n)

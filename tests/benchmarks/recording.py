@@ -1,4 +1,5 @@
 """What it costs to record activations: training without a callback, with fastai's `ActivationStats`, with ours, in turns."""
+
 from __future__ import annotations
 
 import gc
@@ -20,11 +21,13 @@ from torch import nn
 from fastai_lsuv import ActivationStatsRecorder
 
 CALLBACKS = {  # name: makes the callbacks
-    'nothing': list,
-    "fastai's `ActivationStats`": lambda: [ActivationStats(include_paramless=True)],  # activations as well, as ours does
-    'the same, histograms': lambda: [ActivationStats(include_paramless=True, with_hist=True)],
-    '`ActivationStatsRecorder`': lambda: [ActivationStatsRecorder()],
-    '`ActivationStatsRecorder`, histograms': lambda: [ActivationStatsRecorder(with_hist=True)],
+    "nothing": list,
+    "fastai's `ActivationStats`": lambda: [
+        ActivationStats(include_paramless=True)
+    ],  # activations as well, as ours does
+    "the same, histograms": lambda: [ActivationStats(include_paramless=True, with_hist=True)],
+    "`ActivationStatsRecorder`": lambda: [ActivationStatsRecorder()],
+    "`ActivationStatsRecorder`, histograms": lambda: [ActivationStatsRecorder(with_hist=True)],
 }
 
 
@@ -34,8 +37,8 @@ def small_mlp(depth, width=50):
 
 
 MODELS = {  # name: builder, shape of the batch, batches in a turn
-    'xresnet18, 64 × 3 × 64 × 64': (partial(xresnet18, n_out=10), (64, 3, 64, 64), 2),
-    'MLP of 21 layers, 64 × 50': (partial(small_mlp, 20), (64, 50), 100),
+    "xresnet18, 64 × 3 × 64 × 64": (partial(xresnet18, n_out=10), (64, 3, 64, 64), 2),
+    "MLP of 21 layers, 64 × 50": (partial(small_mlp, 20), (64, 50), 100),
 }
 
 
@@ -43,8 +46,14 @@ def learner(build, shape, n, callbacks):
     "A Learner whose epoch is one turn: the same batch `n` times."
     torch.manual_seed(0)
     batches = [(torch.randn(shape), torch.randint(10, shape[:1]))] * n
-    learn = Learner(DataLoaders(batches, [], device=torch.device('cpu')), build(), loss_func=nn.functional.cross_entropy,
-                    opt_func=SGD, lr=1e-3, cbs=callbacks)
+    learn = Learner(
+        DataLoaders(batches, [], device=torch.device("cpu")),
+        build(),
+        loss_func=nn.functional.cross_entropy,
+        opt_func=SGD,
+        lr=1e-3,
+        cbs=callbacks,
+    )
     return learn.remove_cb(ProgressCallback)
 
 
@@ -61,14 +70,15 @@ class Turns:
     def __init__(self, name):
         self.learners = {kind: learner(*MODELS[name], make()) for kind, make in CALLBACKS.items()}
         self.rows = []
-        for learn in self.learners.values(): seconds(learn)  # warms up
+        for learn in self.learners.values():
+            seconds(learn)  # warms up
 
     def round(self):
         "One turn of each, each with one of nothing before and behind it."
-        row, before = {}, seconds(self.learners['nothing'])
+        row, before = {}, seconds(self.learners["nothing"])
         for kind, learn in self.learners.items():
             took = seconds(learn)
-            behind = seconds(self.learners['nothing'])
+            behind = seconds(self.learners["nothing"])
             row[kind] = 2 * took / (before + behind)
             before = behind
         self.rows.append(row)
@@ -79,13 +89,14 @@ class Turns:
         self.round()
         return max(4, int(budget / (time.perf_counter() - started)))
 
-    def ratio(self, kind): return median(row[kind] for row in self.rows)
+    def ratio(self, kind):
+        return median(row[kind] for row in self.rows)
 
 
 def resident():
     "Bytes of memory that this process has, as Linux counts it."
     gc.collect()
-    return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def growth(steps=20_000, every=1):

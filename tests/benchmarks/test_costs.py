@@ -2,42 +2,51 @@
 
 Ratios are medians over rounds in which everything takes its turn. The bounds are those that were set as goals.
 """
+
 import pytest
 from contenders import MODELS, whole
 from costs import Turns, by_depth, memory, others
 
-FOUR = ['ResNet-50', 'VGG-16-BN', 'ViT-B/16', 'ConvNeXt-T']
+FOUR = ["ResNet-50", "VGG-16-BN", "ViT-B/16", "ConvNeXt-T"]
 
 
-MISSED = pytest.mark.xfail(strict=False, reason='3.5 to 3.7: to read the outputs of depthwise layers costs what it takes to make them')
+MISSED = pytest.mark.xfail(
+    strict=False, reason="3.5 to 3.7: to read the outputs of depthwise layers costs what it takes to make them"
+)
 
 
-@pytest.mark.parametrize('name', [pytest.param(name, marks=MISSED if name == 'MobileNetV2' else ()) for name in MODELS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MISSED if name == "MobileNetV2" else ()) for name in MODELS])
 def test_forward_passes(benchmark, name):
     turns = Turns(name)
     aside = []
-    def setup(): aside.append(turns.beside()); return (turns.fresh(), turns.x), {}
+
+    def setup():
+        aside.append(turns.beside())
+        return (turns.fresh(), turns.x), {}
+
     benchmark.pedantic(whole, setup=setup, rounds=turns.rounds_in(25))
-    for row, took in zip(aside, benchmark.stats.stats.data): turns.add(row | dict(whole=took))
-    benchmark.extra_info |= {of: turns.ratio(of) for of in ('eval', 'correcting', 'whole')}
-    assert turns.ratio('whole') <= 3.5
-    if name in FOUR: assert turns.ratio('correcting') <= 1.25
+    for row, took in zip(aside, benchmark.stats.stats.data):
+        turns.add(row | dict(whole=took))
+    benchmark.extra_info |= {of: turns.ratio(of) for of in ("eval", "correcting", "whole")}
+    assert turns.ratio("whole") <= 3.5
+    if name in FOUR:
+        assert turns.ratio("correcting") <= 1.25
 
 
-FEW = pytest.mark.xfail(reason='the package, content with 10 %, has little to correct in it: 31 passes')
+FEW = pytest.mark.xfail(reason="the package, content with 10 %, has little to correct in it: 31 passes")
 
 
-@pytest.mark.parametrize('name', [pytest.param(name, marks=FEW if name == 'VGG-16-BN' else ()) for name in MODELS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=FEW if name == "VGG-16-BN" else ()) for name in MODELS])
 def test_the_others_pass_over_the_model_again_and_again(name):
     assert min(passes.n for passes in others(name).values()) >= 30 * 2
 
 
 def test_cost_is_linear_in_depth():
     few, many = by_depth(10), by_depth(200)
-    assert many['ours'] < 2 * 20 * few['ours'] and many['course_passes'] > 15 * few['course_passes']
+    assert many["ours"] < 2 * 20 * few["ours"] and many["course_passes"] > 15 * few["course_passes"]
 
 
-@pytest.mark.parametrize('name', ['ResNet-50', 'ConvNeXt-T'])
+@pytest.mark.parametrize("name", ["ResNet-50", "ConvNeXt-T"])
 def test_memory_beyond_a_forward_pass_is_one_copy_of_the_weights(name):
     forward, ours, size = memory(name)
     assert ours - forward <= 1.1 * size

@@ -1,17 +1,20 @@
 """What it costs to record activations, as a ratio to the same training without: `pytest tests/benchmarks`."""
+
 import pytest
 from recording import CALLBACKS, MODELS, Turns, growth, seconds
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_training_step(benchmark, name):
     turns = Turns(name)
-    for _ in range(turns.rounds_in(60)): turns.round()
-    benchmark.pedantic(seconds, args=(turns.learners['`ActivationStatsRecorder`'],), rounds=3)
+    for _ in range(turns.rounds_in(60)):
+        turns.round()
+    benchmark.pedantic(seconds, args=(turns.learners["`ActivationStatsRecorder`"],), rounds=3)
     benchmark.extra_info |= {kind: turns.ratio(kind) for kind in CALLBACKS}
     nothing, _, fastai_s_hist, ours, ours_hist = map(turns.ratio, CALLBACKS)
     assert ours < fastai_s_hist and ours_hist < fastai_s_hist
-    if name.startswith('xresnet18'): assert (ours - nothing <= .02) and (ours_hist - nothing <= .04)
+    if name.startswith("xresnet18"):
+        assert (ours - nothing <= 0.02) and (ours_hist - nothing <= 0.04)
 
 
 def test_memory_is_flat_over_20_000_steps():

@@ -1,4 +1,5 @@
 "What a family lists: architectures by name, each with a function that builds it."
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ class Built:
 
     model: nn.Module
     batch: Any
-    variant: str = ''
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -24,4 +25,5 @@ class Architecture:
     build: Callable[[], Built]
 
     @property
-    def path(self): return f'{self.family}/{self.name}'
+    def path(self):
+        return f"{self.family}/{self.name}"

@@ -1,4 +1,5 @@
 "Each architecture in a process of its own, so that one that crashes, hangs or needs too much memory ends nothing else."
+
 from __future__ import annotations
 
 import multiprocessing
@@ -28,18 +29,19 @@ def sources() -> dict[str, str]:
 
 def judge_apart(path: str, timeout: float, memory: float) -> Verdict:
     "The verdict on the architecture at `path`, from another process that may take `timeout` seconds and `memory` GB."
-    context = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')  # fork: imports are done once
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")  # fork: imports are done once
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(path, memory, sender))
     process.start()
     sender.close()
-    family, _, name = path.partition('/')
+    family, _, name = path.partition("/")
     try:
-        if receiver.poll(timeout): return receiver.recv()
-        return Verdict(family, name, 'crashed', faults=[f'no answer after {timeout:.0f} s'])
+        if receiver.poll(timeout):
+            return receiver.recv()
+        return Verdict(family, name, "crashed", faults=[f"no answer after {timeout:.0f} s"])
     except EOFError:
         process.join()
-        return Verdict(family, name, 'crashed', faults=[f'the process ended with {process.exitcode}'])
+        return Verdict(family, name, "crashed", faults=[f"the process ended with {process.exitcode}"])
     finally:
         process.kill()
         process.join()
@@ -47,8 +49,9 @@ def judge_apart(path: str, timeout: float, memory: float) -> Verdict:
 
 def _work(path, memory, sender):
     torch.set_num_threads(1)
-    warnings.simplefilter('ignore')
-    if sys.platform == 'linux':
+    warnings.simplefilter("ignore")
+    if sys.platform == "linux":
         import resource
+
         resource.setrlimit(resource.RLIMIT_DATA, (int(memory * 2**30),) * 2)
     sender.send(judge(architectures()[path]))

@@ -1,0 +1,1 @@
+"""The algorithm, on PyTorch alone: it knows nothing of fastai."""

@@ -1,0 +1,252 @@
+"""Which parameters carry the scale and the shift of a module's output, found by running it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fastai_lsuv.core.selection import channel_dim, per_output_channel
+
+T = TypeVar("T")
+Run = Callable[[Any], Any]  # from inputs to the module's output, from the same random state each time
+
+
+@dataclass(frozen=True)
+class Carriers:
+    """Parameters through which a module's output y = weight·(…) + bias is scaled and shifted."""
+
+    weight: Tensor  # the output less its shift is linear in it
+    bias: Tensor | None = None  # adding 1 to it adds `gain` to every output
+    gain: float = 1.0
+    matrices: tuple[Tensor, ...] = ()  # the weights that an initialiser is for: `weight`, or those that it is a gain of
+    # one factor a channel, in a shape that multiplies `weight`; and where the channels are in an output
+    per_channel: Callable[[Tensor], Tensor] | None = None
+    channel_dim: Callable[[Tensor], int] | None = None
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What a correction changes."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def of(self, twins: Mapping[Tensor, Tensor]) -> Carriers:
+        """The same of a module that is built alike, given its parameter for each parameter here."""
+        bias = None if self.bias is None else twins[self.bias]
+        return replace(self, weight=twins[self.weight], bias=bias, matrices=tuple(twins[p] for p in self.matrices))
+
+
+def known_carriers(module: nn.Module) -> Carriers:
+    """Carriers of a known affine layer: its weight and bias."""
+    return Carriers(
+        weight=module.weight,  # type: ignore[arg-type]
+        bias=module.bias,  # type: ignore[arg-type]
+        matrices=(module.weight,),  # type: ignore[arg-type]
+        per_channel=lambda factor: per_output_channel(module, factor),
+        channel_dim=lambda output: channel_dim(module, output),
+    )
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The first floating-point tensor of an output, however nested."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    return next((o for o in tree_leaves(output) if isinstance(o, Tensor) and o.is_floating_point()), None)
+
+
+def find_carriers(
+    run: Run,  # the module
+    parameters: Sequence[Tensor],  # its own
+    inputs: Any,  # of a call
+    mixing: bool = True,  # layers only
+    contains_layers: bool = False,  # whether other layers run inside it
+) -> Carriers | None:
+    """Carriers among `parameters`, or None.
+
+    A parameter carries scale if the output is linear in it and no longer depends on the input when it is zero; it
+    carries shift if it only moves the mean. Where several carry scale, the last one does (in y = BAx, B).
+
+    With `mixing`, a module counts only if an output is a sum over a parameter's elements. That parts layers from
+    normalisations, LayerScale and embeddings, in which each output sees a single element.
+
+    Raises:
+        FloatingPointError: the output for these inputs isn't finite, or has no floating-point tensor.
+    """
+    probe = _Probe(run, parameters, inputs)
+    if probe.has_another_way() or (contains_layers and probe.is_constant()):
+        return None
+    return probe.find(mixing)
+
+
+def small_noise(inputs: T, samples: int = 2) -> T:
+    """Noise in the shape of `inputs`, of a few samples only: dead or exploded signals and large batches do no harm.
+
+    Integer and boolean tensors (indices, masks) keep their values.
+    """
+    sizes = [o.shape[0] for o in tree_leaves(inputs) if isinstance(o, Tensor) and o.dim()]
+    batch_size = sizes[0] if sizes else 0
+
+    def shrink(o: Any) -> Any:
+        if not isinstance(o, Tensor):
+            return o
+        few = o[:samples] if o.dim() and o.shape[0] == batch_size else o
+        return torch.randn_like(few) if few.is_floating_point() else few.clone()
+
+    return tree_map(shrink, inputs)
+
+
+def _other(x: Any) -> Any:
+    """Another input of the same kind."""
+    if not isinstance(x, Tensor) or not x.dim():
+        return x
+    if x.is_floating_point():
+        return x.flip(0) * 0.5 + torch.randn_like(x)
+    return x.flip(tuple(range(x.dim())))
+
+
+class _Probe:
+    """Runs of one module with other values of its parameters."""
+
+    def __init__(self, run: Run, parameters: Sequence[Tensor], inputs: Any) -> None:
+        self.run, self.parameters, self.inputs = run, parameters, inputs
+        self.others = tree_map(_other, inputs)
+
+    @cached_property
+    def output(self) -> Tensor:
+        """The output as it is."""
+        return self._output(self.inputs)
+
+    def has_another_way(self) -> bool:
+        """Whether the input reaches the output without these parameters, so that none of them can carry scale."""
+        with suppress(FloatingPointError):  # 0/0 in a weight norm
+            return self._depends_on_input({p: torch.zeros_like(p) for p in self.parameters})
+        return False
+
+    def is_constant(self) -> bool:
+        """Whether the output depends on no input: a layer inside is zero."""
+        return not self._depends_on_input({})
+
+    def find(self, mixing: bool) -> Carriers | None:
+        """The last carrier of scale, with its shift."""
+        for weight in reversed(self.parameters):
+            with suppress(FloatingPointError):
+                if self._carries_scale(weight) and (found := self._with_shift(weight)):
+                    matrices = self._matrices(weight)
+                    return replace(found, matrices=matrices or (weight,)) if matrices or not mixing else None
+        return None
+
+    def _matrices(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The parameters that are summed over: `weight`, or those of which it is only a gain."""
+        if self._is_summed_over(weight):
+            return (weight,)
+        return tuple(p for p in self.parameters if p is not weight and self._is_summed_over(p))
+
+    def _output(self, inputs: Any) -> Tensor:
+        output = first_tensor(self.run(inputs))
+        if output is None or not output.numel() or not output.isfinite().all():
+            raise FloatingPointError("no finite output to examine")
+        return output.detach().as_subclass(Tensor).clone()
+
+    def _with(self, values: Mapping[Tensor, Tensor], inputs: Any = None) -> Tensor:
+        with _set(values):
+            return self._output(self.inputs if inputs is None else inputs)
+
+    def _depends_on_input(self, values: Mapping[Tensor, Tensor]) -> bool:
+        return not self._same(self._with(values), self._with(values, self.others))
+
+    def _same(self, a: Tensor, b: Tensor) -> bool:
+        rtol = max(1e-4, 16 * torch.finfo(a.dtype).eps)
+        size = torch.maximum(a.abs().max(), b.abs().max())
+        return a.shape == b.shape and bool(((a - b).abs() <= rtol * size).all())
+
+    def _vanishes(self, y: Tensor) -> bool:
+        return self._same(y + self.output, self.output)
+
+    def _carries_scale(self, weight: Tensor) -> bool:
+        zero = torch.zeros_like(weight)
+        if self._depends_on_input({weight: zero}):
+            return False
+        value = _nonzero(weight)
+        factor = -0.7  # a sign and a fraction: neither a homogeneous nor a rounded function passes for linear
+        off, once, other = (self._with({weight: v}) for v in (zero, value, factor * value))
+        return not self._same(once, off) and self._same(other - off, factor * (once - off))
+
+    def _with_shift(self, weight: Tensor) -> Carriers | None:
+        """Carriers with this weight, if nothing but a shift is left when it is zero."""
+        zero = {weight: torch.zeros_like(weight)}
+        for bias in self.parameters:
+            if bias is not weight and (gain := self._gain(bias)):
+                bare = self._with(zero | {bias: torch.zeros_like(bias)})
+                if self._vanishes(bare):
+                    return self._with_channels(Carriers(weight, bias, gain))
+        off = self._with(zero)
+        return self._with_channels(Carriers(weight)) if self._vanishes(off) else None
+
+    def _gain(self, bias: Tensor) -> float:
+        """By how much every output moves when 1 is added to `bias`; 0 if not all move alike."""
+        moved = self._with({bias: bias + 1}) - self.output
+        gain = moved.mean()
+        alike = self._same(self.output + moved, self.output + gain)
+        return float(gain) if alike and not self._same(self.output + gain, self.output) else 0.0
+
+    def _is_summed_over(self, p: Tensor) -> bool:
+        """Whether an output depends on more than one element of `p`: on both of two complementary random halves."""
+        half = torch.rand(p.shape, device=p.device) < 0.5
+        change = torch.randn_like(p) + p.abs().max()
+        with suppress(FloatingPointError):
+            first, second = (self._with({p: p + change * part}) for part in (half, ~half))
+            return bool(((first != self.output) & (second != self.output)).any())
+        return False
+
+    def _with_channels(self, found: Carriers) -> Carriers:
+        """The same with the dimensions of weight and output that count the channels, where there are such."""
+        weight, value = found.weight, _nonzero(found.weight)
+        off = self._with({weight: torch.zeros_like(weight)})
+        part = self._with({weight: value}) - off
+        for w_dim, y_dim in _equal_sizes(weight, self.output):
+            factor = torch.rand(weight.shape[w_dim], device=value.device, dtype=value.dtype) + 0.5
+            scaled = self._with({weight: value * _along(factor, w_dim, value)}) - off
+            per_channel_bias = found.bias is None or found.bias.numel() == len(factor)
+            if per_channel_bias and self._same(scaled, part * _along(factor.to(part.dtype), y_dim, part)):
+                return replace(
+                    found,
+                    per_channel=partial(_along, dim=w_dim, like=weight),
+                    channel_dim=partial(_counted_from_end, y_dim - self.output.dim()),
+                )
+        return found
+
+
+def _nonzero(p: Tensor) -> Tensor:
+    return p.detach().clone() if p.count_nonzero() else torch.randn_like(p)
+
+
+def _equal_sizes(weight: Tensor, output: Tensor) -> Iterator[tuple[int, int]]:
+    for w_dim, size in enumerate(weight.shape):
+        yield from ((w_dim, y_dim) for y_dim in range(output.dim() - 1, -1, -1) if output.shape[y_dim] == size > 1)
+
+
+def _counted_from_end(dim: int, like: Tensor) -> int:
+    return like.dim() + dim
+
+
+def _along(factor: Tensor, dim: int, like: Tensor) -> Tensor:
+    return factor.view([-1 if d == dim else 1 for d in range(like.dim())])
+
+
+@contextmanager
+def _set(values: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Give parameters other values for the length of a `with` block."""
+    kept = {p: p.detach().clone() for p in values}
+    with torch.no_grad():
+        try:
+            for p, value in values.items():
+                p.copy_(value)
+            yield
+        finally:
+            for p, value in kept.items():
+                p.copy_(value)

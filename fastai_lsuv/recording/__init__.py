@@ -1,0 +1,1 @@
+"""What is recorded of a training, and how it is read."""

@@ -1,0 +1,116 @@
+"""DESIGN section 8: imports run downwards only, and the algorithm knows nothing of fastai."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastai_lsuv
+
+PACKAGE = Path(fastai_lsuv.__file__).parent
+ORDER = [
+    "core.errors",
+    "core.statistics",
+    "learner.distributed",
+    "core.selection",
+    "core.options",
+    "init",
+    "core.probe",
+    "core.hooks",
+    "core.dry_run",
+    "core.layers",
+    "core.discovery",
+    "core.branches",
+    "core.iterated",
+    "core.exact",
+    "core.blocks",
+    "core.correction",
+    "plots.style",
+    "plots.layers",
+    "plots.curves",
+    "plots.maps",
+    "report",
+    "core.lsuv",
+    "learner.loop",
+    "learner.guards",
+    "learner.effects",
+    "learner.replay",
+    "learner.first_batch",
+    "callback",
+    "recording.sampling",
+    "recording.capture",
+    "recording.history",
+    "recording.reading",
+    "recording.logs",
+    "recorder",
+    "demo",
+]
+FILES = {
+    ".".join(p.relative_to(PACKAGE).with_suffix("").parts): p
+    for p in sorted(PACKAGE.rglob("*.py"))
+    if not p.stem.startswith("__")
+}
+IN_CORE = [name for name in FILES if name.startswith("core.")]
+IN_PLOTS = [name for name in FILES if name.startswith("plots.")]
+
+
+def imports(name):
+    "Names of the modules that a module imports, wherever in its text; not those for the type checker only."
+    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (a.name for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            yield node.module
+            yield from (f"{node.module}.{a.name}" for a in node.names)
+
+
+def ours(name):
+    "The modules of the package that a module imports."
+    return {n.removeprefix("fastai_lsuv.") for n in imports(name)} & set(FILES)
+
+
+def test_every_module_has_its_place():
+    assert set(FILES) == set(ORDER)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_run_downwards(name):
+    assert not ours(name) & set(ORDER[ORDER.index(name) :])
+
+
+@pytest.mark.parametrize("name", IN_CORE)
+def test_the_algorithm_imports_no_fastai(name):
+    assert not {n for n in imports(name) if n.split(".")[0] in ("fastai", "fastcore")}
+
+
+@pytest.mark.parametrize("name", IN_PLOTS)
+def test_figures_know_of_frames_only(name):
+    assert ours(name) <= {"plots.style"}
+
+
+def test_importing_says_nothing_and_leaves_the_plotting_backend_alone():
+    code = (
+        'import warnings; warnings.simplefilter("error", UserWarning); import fastai.vision.all, matplotlib; '
+        "import torch, random; before = random.getstate(), torch.get_rng_state().tolist(), matplotlib.get_backend(); "
+        "import fastai_lsuv; "
+        "assert before == (random.getstate(), torch.get_rng_state().tolist(), matplotlib.get_backend())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert "fastai_lsuv" not in done.stderr
+
+
+def test_nothing_but_fastai_and_torch_is_needed():
+    extras = ("accelerate", "wandb", "tensorboard", "timm", "transformers", "pytest", "hypothesis", "accelerate.utils")
+    code = f"import sys; sys.modules.update(dict.fromkeys({extras})); import fastai_lsuv, fastai_lsuv.demo, fastai_lsuv.init"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
