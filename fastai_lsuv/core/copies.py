@@ -1,0 +1,164 @@
+"""A deep copy of a model, or of what it is called with, on which passes run so that the original is never at risk."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from functools import partial
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+Memo = dict[int, Any]  # the copy of each object, by the object's id
+
+_IMMUTABLE = frozenset({
+    int, float, complex, str, bytes, bool, type(None), type, CodeType, ModuleType, BuiltinFunctionType,
+    torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format,
+})  # fmt: skip
+# Where classes are written whose objects a model may refer to, but which are no part of it: data, and who trains it.
+_NO_PARTS = ("torch.utils.data", "fastai.data", "fastai.learner")
+
+
+def copied(original: T, memo: Memo | None = None) -> T:
+    """Return a deep copy of a model or anything else.
+
+    As `copy.deepcopy` makes it, with these differences. What can't be copied (a lock, an open file) is shared, and so
+    are data sets and Learners. Tensors come detached from their graph. Functions and weak references that lead to
+    modules of the model lead to the copies. A module that is compiled or spread over devices is copied as a plain one.
+
+    `memo` has copies that exist already, by the `id` of the original, and gets all others.
+
+    Raises:
+        Exception: whatever a module raises that refuses to be copied.
+    """
+    parts = original.modules() if isinstance(original, nn.Module) else ()
+    return _Copier({} if memo is None else memo, {id(part) for part in parts}).copy(original)
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """Return the module inside whatever compiles it or spreads it over devices, in whatever order."""
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return plain(module.module)
+    return plain(module._modules["_orig_mod"]) if "_orig_mod" in module._modules else module  # type: ignore[arg-type]
+
+
+class _Copier:
+    """Copies each object once."""
+
+    def __init__(self, memo: Memo, parts: set[int]) -> None:
+        self.memo = memo
+        self.parts = parts  # ids of the modules of the model that is copied
+        self.originals: list[Any] = []  # what has been copied must live as long as its id is in use
+
+    def copy(self, o: Any) -> Any:
+        """Return the copy of an object, the same each time."""
+        if type(o) in _IMMUTABLE or isinstance(o, type):
+            return o
+        if id(o) not in self.memo:
+            self.originals.append(o)
+            self._keep(o, self._new(o))
+        return self.memo[id(o)]
+
+    def _keep(self, o: T, new: T) -> T:
+        """Note the copy of an object, before its parts are copied if these may lead back to it."""
+        return self.memo.setdefault(id(o), new)
+
+    def _new(self, o: Any) -> Any:
+        kind = type(o)
+        if kind is dict or kind is OrderedDict:
+            new = self._keep(o, kind())
+            for key, value in o.items():
+                new[self.copy(key)] = self.copy(value)
+            return new
+        if kind is list:
+            new = self._keep(o, [])
+            new.extend(self.copy(part) for part in o)
+            return new
+        if kind is tuple:
+            return tuple(self.copy(part) for part in o)
+        if isinstance(o, nn.Module):
+            inner = plain(o)
+            return self._by_protocol(o) if inner is o else self.copy(inner)
+        try:
+            return self._leads_to_copies(o) if kind in (FunctionType, MethodType, weakref.ref) else self._part(o)
+        except Exception:
+            return o
+
+    def _part(self, o: Any) -> Any:
+        if isinstance(o, Tensor):
+            return _tensor(o)
+        is_part = not any(base.__module__.startswith(_NO_PARTS) for base in type(o).__mro__)
+        return self._by_protocol(o) if is_part else o
+
+    def _by_protocol(self, o: Any) -> Any:
+        """Copy an object as its class would have it copied or pickled."""
+        if hasattr(type(o), "__deepcopy__"):
+            return o.__deepcopy__(self.memo)
+        recipe = o.__reduce_ex__(4)
+        if isinstance(recipe, str):  # the name of a global
+            return o
+        make, args, state, items, pairs = (*recipe, None, None, None)[:5]
+        new = self._keep(o, make(*(self.copy(arg) for arg in args)))
+        if state is not None:
+            _set_state(new, self.copy(state))
+        for item in items or ():
+            new.append(self.copy(item))
+        for key, value in pairs or ():
+            new[self.copy(key)] = self.copy(value)
+        return new
+
+    def _leads_to_copies(self, o: Any) -> Any:
+        """A bound method, weak reference or closure that leads to the copies of what the given one leads to."""
+        if isinstance(o, MethodType):
+            return MethodType(o.__func__, self.copy(o.__self__))
+        if isinstance(o, weakref.ref):
+            return weakref.ref(self.copy(o())) if self._is_part(o()) else o
+        cells = [CellType(self.copy(c.cell_contents)) if _is_full(c) and self._is_part(c.cell_contents) else c
+                 for c in o.__closure__ or ()]  # fmt: skip
+        if all(new is old for new, old in zip(cells, o.__closure__ or (), strict=True)):
+            return o
+        new = self._keep(o, FunctionType(o.__code__, o.__globals__, o.__name__, o.__defaults__, tuple(cells)))
+        vars(new).update(vars(o))
+        new.__kwdefaults__ = o.__kwdefaults__
+        return new
+
+    def _is_part(self, o: Any) -> bool:
+        """Whether something is or leads to a module or parameter of the model."""
+        if isinstance(o, (list, tuple, dict)):
+            return any(self._is_part(part) for part in (o.values() if isinstance(o, dict) else o) if part is not o)
+        if isinstance(o, partial):
+            return self._is_part((o.func, *o.args, *o.keywords.values()))
+        owner = o.__self__ if isinstance(o, MethodType) else o
+        known = isinstance(owner, (nn.Module, nn.Parameter)) and (id(owner) in self.parts or id(owner) in self.memo)
+        return known or (isinstance(o, FunctionType) and self.copy(o) is not o)
+
+
+def _is_full(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
+
+
+def _tensor(t: Tensor) -> Tensor:
+    if type(t) is nn.Parameter:
+        new: Tensor = nn.Parameter(t.detach().clone(), t.requires_grad)
+    elif isinstance(t, nn.Parameter):
+        new = t.__deepcopy__({})
+    else:
+        return t.detach().clone().requires_grad_(t.requires_grad and t.is_leaf)
+    vars(new).update(vars(t))
+    return new
+
+
+def _set_state(new: Any, state: Any) -> None:
+    if hasattr(new, "__setstate__"):
+        new.__setstate__(state)
+        return
+    attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
+    vars(new).update(attributes or {})
+    for name, value in (slots or {}).items():
+        setattr(new, name, value)
