@@ -12,7 +12,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
-from fastai_lsuv.core.lsuv import lsuv_, run
+from fastai_lsuv.core.lsuv import as_call, lsuv_, run
 from fastai_lsuv.core.options import Options
 from fastai_lsuv.learner.distributed import Ranks, Together
 from fastai_lsuv.learner.first_batch import as_fed
@@ -177,7 +177,7 @@ def _initialise(
 ) -> LSUVReport:
     checked = Options(**options)
     with as_fed(learn, batch, begun, ranks) as inputs:
-        report = run(learn.model, inputs, checked, ranks)
+        report = run(learn.model, as_call(inputs), checked)
     if not checked.only_measures:  # a diagnosis is no initialisation
         learn.lsuv_report = report
     return report

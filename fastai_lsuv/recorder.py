@@ -14,8 +14,8 @@ from fastai.callback.schedule import LRFinder
 from fastai.torch_core import get_model, rank_distrib
 from torch import Tensor, nn
 
-from fastai_lsuv.core.dry_run import RandomState
 from fastai_lsuv.core.hooks import NextCall
+from fastai_lsuv.core.random_state import RandomState
 from fastai_lsuv.core.selection import Choice, chosen, excluded, layers_and_activations
 from fastai_lsuv.learner.loop import came_through_fit, phase_of_batch
 from fastai_lsuv.recording.capture import Capture, Outbox, columns

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, overload
 
 import pandas as pd
 
+from fastai_lsuv.core.reasons import Note
 from fastai_lsuv.plots.layers import plot_report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STATUSES = ("corrected", "unchanged", "skipped", "not_converged")
-ENDS_BRANCH = "ends a branch"  # the reason for a smaller std than that of other layers
+_MEAN_KEPT = {Note.NO_BIAS.value, Note.ONE_SIGN.value}
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,12 @@ class Row:
     std_after: float  # the same
     n_iter: int  # corrections made
     status: str  # corrected, unchanged (was there already), skipped, not_converged
-    reason: str  # why, in a fixed phrase, where there is something to say
+    reason: str  # why, in a fixed phrase (or several, with "; " between them), where there is something to say
+
+    @property
+    def notes(self) -> set[str]:
+        """The phrases that the reason consists of."""
+        return set(self.reason.split("; "))
 
 
 class LSUVReport(Sequence[Row]):
@@ -116,13 +122,13 @@ class LSUVReport(Sequence[Row]):
         parts = [f"LSUV: {len(right)} of {len(self.rows)} layers {'measured' if only_measured else 'right'}"]
         if done:
             for what, asked, wanted in (("mean", self.mean, self.mean or 0.0), ("std", self.std, self.std or 1.0)):
-                excused = "mean kept" if what == "mean" else ENDS_BRANCH
-                judged = [row for row in done if excused not in row.reason]
+                excused = _MEAN_KEPT if what == "mean" else {Note.ENDS_BRANCH.value}
+                judged = [row for row in done if not excused & row.notes]
                 if not judged or (asked is None and not only_measured):  # what was left alone isn't right or wrong
                     continue
                 before, after = (_farthest(judged, f"{what}_{when}", wanted) for when in ("before", "after"))
                 parts.append(f"worst {what} {before}" if only_measured else f"worst {what} {before} → {after}")
-        if at_end := [row for row in done if ENDS_BRANCH in row.reason]:
+        if at_end := [row for row in done if Note.ENDS_BRANCH.value in row.notes]:
             usual = median(row.std_after for row in at_end)
             parts.append(f"{len(at_end)} that end a branch {_farthest(at_end, 'std_after', usual)}")
         parts.append(f"{self.seconds:.2f} s")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastai_lsuv.core.iterated import Broyden, Dial
-from fastai_lsuv.core.layers import Unit
+from fastai_lsuv.core.dry_run import Call, DryRun
+from fastai_lsuv.core.iterated import Broyden, ScaleAndShift
+from fastai_lsuv.core.layers import Layer
 from fastai_lsuv.core.options import Options
-from fastai_lsuv.core.statistics import Moments
-from fastai_lsuv.learner.distributed import Ranks
+from fastai_lsuv.core.probe import first_tensor
+from fastai_lsuv.core.reasons import Note, Skip
+from fastai_lsuv.core.statistics import Moments, moments
 
 # The first step scales alone, by f; the std must follow by f^0.5 at least. One that follows much less (a residual
 # branch, a standardised weight) would be scaled for ever, to weights of nothing or without bound: a wrong answer.
@@ -21,49 +24,71 @@ _NO_EFFECT = 0.05
 _LARGEST_FACTOR = math.log(4.0)
 
 
-def one_sided(unit: Unit, y: Tensor, seen: Moments, ranks: Ranks) -> bool:
-    """Whether an output has one sign only, or nearly (GELU): centring it would switch nearly all of it off."""
-    low, high = ranks.extremes(unit.name, y.min(), y.max())
-    return min(-float(low), float(high)) < 0.5 * float(seen.std)
+def correct_in_pass(
+    block: Layer, y: Tensor, seen: Moments, snapshot: nn.Module, call: Call, dry_run: DryRun, options: Options
+) -> Any:
+    """Correct a block whose output was `y` by running a snapshot of it; return its output then, None if it is the same.
 
-
-def error(seen: Moments, options: Options, centred: bool) -> float:
-    """How far the std, and the mean if it is to be `centred`, are from the wanted ones, in the worst channel.
-
-    In units of a wanted std below 1.
+    Its mean is kept where the output has one sign: from the start, or because it had two signs only while it was small,
+    as that of GELU has, which is nearly linear there.
     """
-    off = 0.0 if options.std is None else float((seen.std - options.std).abs().max())
-    if centred and options.mean is not None:
-        off = max(off, float((seen.mean - options.mean).abs().max()))
-    return off / options.small
+    with dry_run.replay(snapshot) as run:
+
+        def measure() -> Moments:
+            return moments(_first(run(call)))
+
+        if _centres(block) and is_one_sided(y, seen):
+            block.keep_mean(Note.ONE_SIGN)
+        knobs = ScaleAndShift(block, dry_run, seen)
+        right = correct_block(block, knobs, seen, measure, options, snapshot)
+        if not right and block.n_iter and _centres(block):
+            y = _first(run(call))
+            if is_one_sided(y, moments(y)):
+                knobs.reset(snapshot)
+                block.n_iter = 0
+                block.keep_mean(Note.ONE_SIGN)
+                correct_block(block, ScaleAndShift(block, dry_run, seen), seen, measure, options, snapshot)
+        return run(call) if block.n_iter else None
 
 
-def is_right(seen: Moments, options: Options, tol: float, centred: bool) -> bool:
-    """Whether mean (if it is to be `centred`) and std are as wanted, in every channel."""
-    return error(seen, options, centred) <= tol
+def _centres(block: Layer) -> bool:
+    """Whether the mean is moved, by a parameter that would push outputs through the activation behind it."""
+    return block.target.mean is not None and not block.exposed_bias
 
 
-def correct_block(unit: Unit, dial: Dial, seen: Moments, run: Callable[[], Moments]) -> bool:
-    """Turn the dial until the output that `run` measures is as wanted, or to where it is nearest; is it right then?"""
-    options, solver, best, centre = unit.options, Broyden(), (math.inf, dial.position), 0.0
+def is_one_sided(y: Tensor, seen: Moments) -> bool:
+    """True if an output has one sign only, or nearly (GELU): centring it would switch nearly all of it off."""
+    return min(-float(y.min()), float(y.max())) < 0.5 * float(seen.std)
+
+
+def correct_block(
+    block: Layer,
+    knobs: ScaleAndShift,
+    seen: Moments,
+    run: Callable[[], Moments],  # what the block's output is like with the knobs as they are
+    options: Options,
+    running: nn.Module | None = None,
+) -> bool:
+    """Turn the knobs until the output is as wanted, or to where it is nearest; return whether it is right then."""
+    solver, best, centre = Broyden(), (math.inf, knobs.position), 0.0
     for tries in range(options.max_iter):
-        if is_right(seen, options, options.tol / 2, dial.shifts):
+        if block.target.error(seen) <= options.tol / 2:
             return True
-        target = solver.next(dial.position, dial.image(seen))
-        if tries == 0 and options.std is not None:
+        target = solver.next(knobs.position, knobs.image(seen))
+        if tries == 0 and block.target.std is not None:
             target[1:] = 0
             centre = float(target[0])
         target[0] = target[0].clamp(centre - _LARGEST_FACTOR, centre + _LARGEST_FACTOR)
-        dial.turn(target)
+        knobs.turn(target, running)
         before, seen = seen, run()
         if tries == 0 and (effect := _effect(centre, before, seen)) < _LEAST_EFFECT:
-            dial.reset()
+            knobs.reset(running)
             if abs(effect) < _NO_EFFECT:
-                unit.skip("weight has no effect on scale")
+                block.skip(Skip.NO_EFFECT)
             return False
-        unit.n_iter += 1
-        best = min(best, (error(seen, options, dial.shifts), dial.position), key=lambda pair: pair[0])
-    dial.turn(best[1])
+        block.n_iter += 1
+        best = min(best, (block.target.error(seen), knobs.position), key=lambda pair: pair[0])
+    knobs.turn(best[1], running)
     return best[0] <= options.tol
 
 
@@ -73,3 +98,9 @@ def _effect(log_factor: float, before: Moments, after: Moments) -> float:
         return 1.0
     ratio = float(after.std / before.std)
     return math.log(ratio) / log_factor if ratio > 0 else 0.0
+
+
+def _first(output: Any) -> Tensor:
+    y = first_tensor(output)
+    assert y is not None
+    return y

@@ -14,8 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastai_lsuv.core.dry_run import Rehearsal
-from fastai_lsuv.core.hooks import hooked
+from fastai_lsuv.core.dry_run import Call, DryRun
 from fastai_lsuv.core.probe import first_tensor
 
 _SUMS = [getattr(torch.ops.aten, name) for name in ("add", "add_", "sub", "sub_", "rsub", "lerp", "lerp_")]
@@ -28,7 +27,7 @@ _SHAPED = [  # take no more than the shape of another tensor
 ]
 
 
-def branch_ends(rehearsal: Rehearsal, layers: Collection[nn.Module]) -> list[nn.Module]:
+def branch_ends(dry_run: DryRun, layers: Collection[nn.Module]) -> list[nn.Module]:
     """Run the model once, unchanged, and return those of `layers` with which residual branches end, one a branch.
 
     A residual branch is added to what it began from, or to what went past it through one layer at most. It
@@ -37,8 +36,8 @@ def branch_ends(rehearsal: Rehearsal, layers: Collection[nn.Module]) -> list[nn.
     it has no end here.
     """
     trace = _Trace()
-    with hooked(dict.fromkeys(layers, trace.leave), {rehearsal.model: trace.enter}), trace:
-        rehearsal.forward()
+    with trace:
+        dry_run.forward(dict.fromkeys(layers, trace.leave), {dry_run.model: trace.enter})
     return trace.found
 
 
@@ -76,16 +75,16 @@ class _Trace(TorchDispatchMode):
         self.n_calls = 0
         self.found: list[nn.Module] = []
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Pre-hook of the model: its inputs have been nowhere yet."""
-        self._note((args, kwargs), _Trail())
+    def enter(self, module: nn.Module, call: Call) -> None:
+        """Before the model: its inputs have been nowhere yet."""
+        self._note(call, _Trail())
 
-    def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Hook of a layer: its output has been through it."""
+    def leave(self, module: nn.Module, call: Call, output: Any) -> None:
+        """After a layer: its output has been through it."""
         y = first_tensor(output)
         known = self._known(y)
         if not self.trails:  # inputs in an object of one's own: what the first layer gets stands for them
-            self._note((args, kwargs), _Trail())
+            self._note(call, _Trail())
             known = [(x, _Trail()) for x in _tensors(y)]
         for _, trail in known:
             self._note(y, _Trail(trail.calls | 1 << self.n_calls, frozenset([module])))

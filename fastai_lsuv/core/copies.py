@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastai_lsuv.core.modules import plain
+
 T = TypeVar("T")
 Memo = dict[int, Any]  # the copy of each object, by the object's id
 
@@ -36,13 +38,6 @@ def copied(original: T, memo: Memo | None = None) -> T:
     """
     parts = original.modules() if isinstance(original, nn.Module) else ()
     return _Copier({} if memo is None else memo, {id(part) for part in parts}).copy(original)
-
-
-def plain(module: nn.Module) -> nn.Module:
-    """Return the module inside whatever compiles it or spreads it over devices, in whatever order."""
-    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return plain(module.module)
-    return plain(module._modules["_orig_mod"]) if "_orig_mod" in module._modules else module  # type: ignore[arg-type]
 
 
 class _Copier:

@@ -1,266 +1,233 @@
-"""A forward pass as training will see it: everything restored afterwards, parameters rolled back on error."""
+"""Forward passes as training will see them, on copies of the model: the model itself is never at risk."""
 
 from __future__ import annotations
 
-import random
-import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from types import TracebackType
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import update_wrapper
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from fastai_lsuv.core.affine import get_bias, set_bias
+from fastai_lsuv.core.copies import Memo, copied
 from fastai_lsuv.core.errors import name_module_at_work
-from fastai_lsuv.core.hooks import eagerly
-from fastai_lsuv.core.selection import is_scripted, open_modules
-from fastai_lsuv.learner.distributed import Ranks
+from fastai_lsuv.core.hooks import PreHook, eagerly, hooked
+from fastai_lsuv.core.modules import is_scripted, named_modules, open_modules, plain
+from fastai_lsuv.core.random_state import RandomState
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a forward
+Before = Callable[[nn.Module, Call], None]
+After = Callable[[nn.Module, Call, Any], Any]  # (module, call, output); what isn't None replaces the output
+Run = Callable[[Call], Any]
 
 
-class RandomState:
-    """The random streams of Python, numpy and torch (CPU, and each accelerator that is in use) at one moment."""
+class DryRun:
+    """Forward passes of copies of a model on copies of a batch, each from the state in which the model is.
 
-    def __init__(self) -> None:
-        self.python = random.getstate()
-        self.numpy = np.random.get_state() if (np := sys.modules.get("numpy")) else None
-        self.torch = torch.get_rng_state()
-        # asking for the state of a device that nobody has used yet would start it
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-        self.mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-
-    def restore(self) -> None:
-        """Put all streams back to that moment."""
-        random.setstate(self.python)
-        if self.numpy is not None:
-            sys.modules["numpy"].random.set_state(self.numpy)
-        torch.set_rng_state(self.torch)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state_all(self.cuda)
-        if self.mps is not None:
-            torch.mps.set_rng_state(self.mps)
-
-
-class ModuleState:
-    """All that a forward pass may leave on a module and its children, parameters' values apart.
-
-    Training flags, hidden states and caches are attributes, kept as they are bound (a list that the forward appends to
-    keeps what is appended); buffers are kept by value, too.
+    What a pass leaves behind goes with its copy; only the weights that are kept carry over from pass to pass, until
+    `hand_over` gives them to the model. They are tensors of our own, here called the *working* weights.
     """
 
-    def __init__(self, root: nn.Module) -> None:
-        self.modules = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in open_modules(root)]
-        self.scripted = [(m, m.training) for m in root.modules() if is_scripted(m)]
-        self.values = [(buffer, buffer.clone()) for buffer in root.buffers()]
-        self.wanted: list[tuple[dict[str, Any], str, Any]] = []  # attributes that were changed on purpose
+    def __init__(self, model: nn.Module, call: Call) -> None:
+        self.model, self.call = plain(model), call
+        self.names = {module: name for name, module in named_modules(self.model)}
+        self.n_forward = 0  # passes of the whole model so far
+        self._random = RandomState()
+        originals = [p for m in self.names if not is_scripted(m) for p in m._parameters.values() if p is not None]
+        self._working: dict[Tensor, Tensor] = {original: copied(original) for original in originals}
+        self._original = {working: original for original, working in self._working.items()}
+        self._kept: set[Tensor] = set()  # working weights that have been given values of their own
+        self.biases: dict[nn.Module, Any] = {}  # what blocks that expose a bias are to have in passes, and in the end
+        self._copies: dict[nn.Module, nn.Module] = {}  # of all modules, in the pass at hand
 
-    def adopt(self, change: Callable[[], None]) -> None:
-        """Make a change of attributes that later calls of `restore` leave in place."""
-        before = [dict(attributes) for attributes in self._attributes()]
-        change()
-        for now, old in zip(self._attributes(), before, strict=True):
-            self.wanted += [(now, key, value) for key, value in now.items() if old.get(key, self) is not value]
+    # passes
 
-    def restore(self, adopted: bool = True) -> None:
-        """Put everything back, but for adopted changes."""
-        for module, attributes, parameters, buffers in self.modules:
-            put_back(vars(module), attributes)
-            put_back(module._parameters, parameters)
-            put_back(module._buffers, buffers)
-        for module, training in self.scripted:
-            module.training = training
-        with torch.no_grad():  # batch norm updates its statistics without a trace in their `_version`
-            for buffer, value in self.values:
-                buffer.copy_(value)
-        for attributes, key, value in self.wanted if adopted else ():
-            attributes[key] = value
-
-    def _attributes(self) -> list[dict[str, Any]]:
-        return [m.__dict__ for m, *_ in self.modules]
-
-
-def put_back(current: dict[str, Any], saved: Mapping[str, Any]) -> None:
-    """Give a dict the entries that it had, touching only what differs."""
-    for name in current.keys() - saved.keys():
-        del current[name]
-    for name, value in saved.items():
-        if name not in current or current[name] is not value:
-            current[name] = value
-
-
-class Undo:
-    """First values of what is changed, so that all of it can be taken back: one copy of each changed weight."""
-
-    def __init__(self) -> None:
-        self._tensors: dict[int, tuple[Tensor, Tensor]] = {}
-        self._setters: dict[object, tuple[Callable[[Any], None], Any]] = {}
-
-    def remember(self, tensor: Tensor) -> None:
-        """Keep the value of `tensor`, if this is the first time."""
-        if id(tensor) not in self._tensors:
-            self._tensors[id(tensor)] = (tensor, tensor.detach().clone())
-
-    def remember_value(self, key: object, value: Any, setter: Callable[[Any], None]) -> Any:
-        """Keep a value that `setter` puts back, if this is the first time; returns the kept one."""
-        return self._setters.setdefault(key, (setter, value))[1]
-
-    def take_back(self, tensor: Tensor) -> bool:
-        """Put one tensor back to its first value; returns whether it had another."""
-        if id(tensor) not in self._tensors:
-            return False
-        first = self._tensors[id(tensor)][1]
-        changed = not torch.equal(tensor, first)
-        with torch.no_grad():
-            tensor.copy_(first)  # also where they are equal: -0.0 and 0.0 are
-        return changed
-
-    def rollback(self) -> None:
-        """Take everything back, to the bit; what can't be doesn't keep the rest from it."""
-        with torch.no_grad(), ExitStack() as stack:
-            for tensor, value in self._tensors.values():
-                stack.callback(tensor.copy_, value)
-            for setter, value in self._setters.values():
-                stack.callback(setter, value)
-
-
-class Rehearsal:
-    """Forward passes of `model` on `batch` as training will see them, as a context manager.
-
-    Eval mode, but normalisation layers use the batch's statistics as they will in training; no gradients. Every pass
-    starts from the same random state, buffers and attributes, and at the end all of them are as before. If the block
-    is left by an exception, parameters noted in `undo` are rolled back, and the error names the module at work.
-    Of several ranks all begin with the parameters and buffers of rank 0.
-    """
-
-    def __init__(self, model: nn.Module, batch: Any, ranks: Ranks | None = None) -> None:
-        self.model, self.ranks = model, ranks or Ranks()
-        self.call = as_call(batch)
-        self.undo, self._own = Undo(), Undo()  # of what is corrected, of what other ranks had
-        self.n_forward = 0  # whole-model passes so far
-        self._states: list[ModuleState] = []  # of the model, and of a module that runs again
-        self.replaying = False  # a single module is being run again: hooks must not count that as a call
-
-    def __enter__(self) -> Rehearsal:
-        try:
-            weights = [*self.model.parameters(), *self.model.buffers()]
-            self.ranks.share("parameters and buffers", weights, self._own.remember)
-        except BaseException:
-            self._own.rollback()
-            raise
-        self._random, self._state = RandomState(), ModuleState(self.model)
-        self._states = [self._state]
-        self._fastpath = torch.backends.mha.get_fastpath_enabled()
-        self._cache = torch.is_autocast_cache_enabled()
-        try:
-            self._norms = _norms_of_training(self.model)
-        finally:
-            self._state.restore()
-        self._singles = [
-            n.register_forward_pre_hook(_one_value_a_channel_uses_running_statistics, prepend=True)
-            for n in self._norms
-            if not is_scripted(n)
-        ]
-        torch.backends.mha.set_fastpath_enabled(False)  # training doesn't take it, nor its nested tensors
-        torch.set_autocast_cache_enabled(False)  # it would hand out casts of weights as they were before a step
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        with ExitStack() as stack:  # last in, first out, and each whatever becomes of the others
-            if error is not None:
-                stack.callback(self._own.rollback)
-            stack.callback(torch.clear_autocast_cache)  # an enclosing autocast's is of weights that have changed
-            stack.callback(torch.set_autocast_cache_enabled, self._cache)
-            stack.callback(torch.backends.mha.set_fastpath_enabled, self._fastpath)
-            stack.callback(self._random.restore)
-            stack.callback(self._state.restore, adopted=error is None)
-            for handle in self._singles:
-                stack.callback(handle.remove)
-            if error is not None:
-                name_module_at_work(error, self.model)
-                stack.callback(self.undo.rollback)
-
-    def forward(self) -> None:
-        """One pass of the whole model, from the state in which it was found."""
-        self._state.restore()
-        self._random.restore()
-        self.model.eval()
-        for norm in self._norms:
-            norm.training = True
-        args, kwargs = copied(self.call)
-        with torch.no_grad(), eagerly():
-            self.model(*args, **kwargs)
+    def forward(self, after: Mapping[nn.Module, After], before: Mapping[nn.Module, Before] | None = None) -> None:
+        """Run a fresh copy of the model; `before` and `after` are called with the modules of the model itself."""
+        with _as_in_training(self._random):
+            copy, before = self._fresh_copy(), before or {}
+            given = {module: _Given() for module in before}
+            for module in {**before, **after}:
+                _Watched(self._copies[module], module, before.get(module), after.get(module), given.get(module))
+            pre_hooks = {self._copies[module]: hook for module, hook in given.items()} | _norm_hooks(copy)
+            args, kwargs = copied(self.call)
+            try:
+                with hooked({}, pre_hooks):
+                    copy(*args, **kwargs)
+            except BaseException as error:
+                name_module_at_work(error, {self._copies[m]: name for m, name in self.names.items()})
+                raise
+            finally:
+                self._copies = {}
         self.n_forward += 1
 
-    def adopt(self, change: Callable[[], None]) -> None:
-        """Make a change of attributes, as `bias` properties do, that is to stay."""
-        inner, *outer = reversed(self._states)
-        for state in outer:
-            inner, change = state, partial(inner.adopt, change)
-        inner.adopt(change)
+    def snapshot(self, module: nn.Module, with_hooks: bool = True) -> nn.Module:
+        """Return a copy of a module as it is at this moment of the pass, on the working weights.
+
+        Without their forward hooks, the user's see nothing of what it is run for.
+        """
+        snapshot = copied(self._copies[module], self._working_memo())
+        for m in () if with_hooks else open_modules(snapshot):
+            m._forward_hooks = OrderedDict()
+        return snapshot
 
     @contextmanager
-    def replay(self, module: nn.Module, unseen: bool = False) -> Iterator[Callable[[Call], Any]]:
-        """Run one module again, on inputs of choice, from the same random state each time.
-
-        Meant for a hook in the middle of a pass; the pass goes on from where it was. With `unseen`, no forward hook
-        inside the module sees it: the user's keep what they have of the pass.
-        """
-        hooks = [(m, m._forward_hooks) for m in open_modules(module)] if unseen else []
-        for m, _ in hooks:
-            m._forward_hooks = OrderedDict()
-        now, state = RandomState(), ModuleState(module)
-        was, self.replaying = self.replaying, True
-        self._states.append(state)
+    def replay(self, snapshot: nn.Module) -> Iterator[Run]:
+        """Run one module again, in the middle of a pass: each time as in the snapshot, from the same random state."""
+        now = RandomState()
 
         def run(call: Call) -> Any:
-            state.restore()
-            now.restore()
             args, kwargs = copied(call)
-            with torch.no_grad(), eagerly():
-                return module(*args, **kwargs)
+            now.restore()
+            return copied(snapshot, self._working_memo())(*args, **kwargs)
 
         try:
             yield run
         finally:
-            self.replaying = was
-            self._states.pop()
-            state.restore()
-            for m, kept in hooks:
-                m._forward_hooks = kept
             now.restore()
 
+    def _fresh_copy(self) -> nn.Module:
+        """A copy of the model in the mode of training without dropout, on the working weights."""
+        if stale := [w for w in self._original if w not in self._kept]:
+            torch._foreach_copy_(stale, [self._original[w] for w in stale])  # a forward may have written to them
+        copy = copied(self.model, {id(p): w for p, w in self._working.items()})
+        in_copy = dict(named_modules(copy))
+        self._copies = {module: in_copy[name] for module, name in self.names.items() if name in in_copy}
+        for module, bias in self.biases.items():
+            set_bias(self._copies[module], bias)
+        _set_mode(copy)
+        return copy
 
-def as_call(batch: Any) -> Call:
-    """Arguments of the forward for a batch: a tensor, a tuple or list of inputs, or a mapping of keyword inputs."""
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
+    def _working_memo(self) -> Memo:
+        return {id(w): w for w in self._original}
+
+    # weights
+
+    def keep(self, weights: Iterable[Tensor]) -> None:
+        """Have working weights carry over to later passes, and to the model in the end."""
+        self._kept.update(weights)
+
+    def working(self, module: nn.Module) -> dict[str, Tensor | None]:
+        """Return a module's own parameters as the passes use them, by name."""
+        return {name: None if p is None else self._working[p] for name, p in module._parameters.items()}
+
+    def original(self, weight: Tensor) -> Tensor:
+        """Return the model's parameter that a working weight stands for."""
+        return self._original[weight]
+
+    def put_back(self, weights: Iterable[Tensor]) -> bool:
+        """Give working weights the model's values again; return whether they had others."""
+        changed = False
+        for weight in weights:
+            changed |= not torch.equal(weight, self._original[weight])
+            weight.data.copy_(self._original[weight])  # also where they are equal: -0.0 and 0.0 are
+            self._kept.discard(weight)
+        return changed
+
+    def hand_over(self) -> None:
+        """Give the model what was kept: the weights in one call, which nothing interrupts halfway."""
+        first = {module: get_bias(module) for module in self.biases}
+        try:
+            for module, bias in self.biases.items():
+                set_bias(module, bias)
+            if self._kept:
+                with torch.no_grad():
+                    torch._foreach_copy_([self._original[w] for w in self._kept], list(self._kept))
+        except BaseException:
+            for module, bias in first.items():
+                set_bias(module, bias)
+            raise
+        torch.clear_autocast_cache()  # an enclosing autocast's is of weights that have changed
 
 
-def copied(call: Call) -> Call:
-    """The same arguments with tensors of their own, safe from changes in place."""
-    args, kwargs = tree_map(lambda o: o.clone() if isinstance(o, Tensor) else o, call)
-    return tuple(args), dict(kwargs)
+class _Given:
+    """Pre-hook: what a module is called with, before pre-hooks of the user's make something else of it."""
+
+    call: Call | None = None
+
+    def __call__(self, copy: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.call = (args, kwargs)
+
+    def __deepcopy__(self, memo: Memo) -> _Given:
+        return _Given()
 
 
-def _norms_of_training(model: nn.Module) -> list[nn.Module]:
-    """Modules with running statistics that will use the batch's in training, models that freeze theirs respected."""
-    model.train()
-    statistics = {"running_mean", "running_var"}
-    return [m for m in model.modules() if m.training and statistics & dict(m.named_buffers(recurse=False)).keys()]
+class _Watched:
+    """What a watched copy has for its forward: it reports each call, also one of `module.forward(…)` itself."""
+
+    def __init__(
+        self, copy: nn.Module, module: nn.Module, before: Before | None, after: After | None, given: _Given | None
+    ) -> None:
+        self.forward: Any = copy.forward
+        self.module, self.before, self.after, self.given = module, before, after, given
+        update_wrapper(self, copy.forward)
+        vars(copy)["forward"] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.before is not None and self.given is not None:
+            self.before(self.module, self.given.call or (args, kwargs))
+            self.given.call = None
+        output = self.forward(*args, **kwargs)
+        if self.after is None:
+            return output
+        with torch.no_grad():
+            instead = self.after(self.module, (args, kwargs), output)
+        return output if instead is None else instead
+
+    def __deepcopy__(self, memo: Memo) -> Any:
+        """A copy of a watched module isn't watched."""
+        is_method = isinstance(self.forward, MethodType)
+        return MethodType(self.forward.__func__, memo[id(self.forward.__self__)]) if is_method else self.forward
 
 
-def _one_value_a_channel_uses_running_statistics(norm: nn.Module, args: tuple[Any, ...]) -> None:
+@contextmanager
+def _as_in_training(random: RandomState) -> Iterator[None]:
+    """Settings for a pass: no gradients, nothing compiled, no fast path of inference, no cast weights from before."""
+    fastpath, cache = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
+    try:
+        random.restore()
+        torch.backends.mha.set_fastpath_enabled(False)  # training doesn't take it, nor its nested tensors
+        torch.set_autocast_cache_enabled(False)  # it would hand out casts of weights as they were before a step
+        with torch.no_grad(), eagerly():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cache)
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        random.restore()
+
+
+def _set_mode(copy: nn.Module) -> None:
+    """Evaluation, but for modules with running statistics that will use the batch's in training.
+
+    A model that freezes its norms does so in a `train` of its own.
+    """
+    copy.train()
+    norms = [m for m in copy.modules() if m.training and _running_statistics(m)]
+    copy.eval()
+    for norm in norms:
+        norm.training = True
+
+
+def _running_statistics(module: nn.Module) -> set[str]:
+    return {"running_mean", "running_var"} & dict(module.named_buffers(recurse=False)).keys()
+
+
+def _norm_hooks(copy: nn.Module) -> dict[nn.Module, PreHook]:
+    norms = [m for m in open_modules(copy) if m.training and _running_statistics(m)]
+    return dict.fromkeys(norms, _one_value_a_channel_uses_running_statistics)
+
+
+def _one_value_a_channel_uses_running_statistics(
+    norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     """Training raises on a single value per channel, whose variance is undefined."""
     x = args[0] if args else None
     if isinstance(x, Tensor) and x.dim() > 1:
-        has_statistics = any(norm._buffers.get(name) is not None for name in ("running_mean", "running_var"))
-        norm.training = not has_statistics or x.numel() > _channel_groups(norm, x)
+        norm.training = not _running_statistics(norm) or x.numel() > _channel_groups(norm, x)
 
 
 def _channel_groups(norm: nn.Module, x: Tensor) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 
-def name_module_at_work(error: BaseException, model: nn.Module) -> None:
-    """Add the innermost module of `model` in the error's traceback to its message, once."""
-    names = {module: name for name, module in model.named_modules()}
+def name_module_at_work(error: BaseException, names: Mapping[nn.Module, str]) -> None:
+    """Add the innermost of the named modules in the error's traceback to its message."""
     at_work, step = None, error.__traceback__
     while step is not None:
         owner = step.tb_frame.f_locals.get("self")

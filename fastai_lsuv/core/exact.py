@@ -1,52 +1,76 @@
-"""The exact step: what an affine unit's output tells its weights, in one go and on the device."""
+"""The exact step: what an affine layer's output tells its weights, in one go and on the device."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastai_lsuv.core.layers import Unit
-from fastai_lsuv.core.selection import is_known_affine
-from fastai_lsuv.core.statistics import Moments, at_hand
-from fastai_lsuv.learner.distributed import Ranks
+from fastai_lsuv.core import statistics
+from fastai_lsuv.core.affine import AffineParameters, is_known_affine
+from fastai_lsuv.core.layers import Layer
+from fastai_lsuv.core.statistics import Moments, on_host
+from fastai_lsuv.core.target import EXACT
 
 _LARGE = 1e30  # no weight that is scaled to a signal of ordinary size is beyond
-EXACT = 1e-3  # |mean - wanted| and |std - wanted| of an affine layer in a clean pass; of a wanted std below 1
+_SINGLE = 1e-6  # how exactly single precision tells a variance
 
 
-class Step(NamedTuple):
-    """What turns an output y into scale * y + shift: numbers or one a channel, on the device of the output."""
+@dataclass(frozen=True)
+class Step:
+    """What turns an output y into scale * y + shift: numbers or one per channel, on the device of the output."""
 
     scale: Tensor
     shift: Tensor
-    flags: Tensor  # changed, constant, not finite: each for any channel; and the largest |mean| / std
+    changed: Tensor  # whether scale and shift are other than 1 and 0
+    constant: Tensor  # whether the output doesn't depend on the input
+    finite: Tensor
+    ratio: Tensor  # |mean| / std
 
 
-def one_step(unit: Unit, y: Tensor, seen: Moments, ranks: Ranks) -> Step:
-    """The exact step for an affine unit with output `y`: W/s and (b - m)/s turn y = Wx + b into (y - m)/s.
+@dataclass(frozen=True)
+class Outcome:
+    """A step as the host sees it: whether it holds in any channel, or in all."""
 
-    `seen` are the moments of y, on all ranks together. Decided on the device, without waiting for it: where nothing
-    is to be done, the step is 1 and 0.
+    changed: bool
+    constant: bool
+    finite: bool
+    ratio: float
+
+
+def exact_step(layer: Layer, y: Tensor, seen: Moments, is_constant: Tensor | None = None) -> Step:
+    """Return the exact step for a layer with output `y`: W/s and (b - m)/s turn y = Wx + b into (y - m)/s.
+
+    Decided on the device, without waiting for it: where nothing is to be done, the step is 1 and 0.
     """
-    mean, std, options = seen.mean, seen.std, unit.options
-    shifts = unit.can_shift and options.mean is not None
-    wanted_mean, wanted_std = options.mean or 0.0, options.std
-    scale = torch.ones_like(std) if wanted_std is None else wanted_std / std
-    shift = wanted_mean - scale * mean if shifts else torch.zeros_like(mean)
-    finite = (mean + std).isfinite()
-    close = EXACT / 2 * options.small
-    near = finite if wanted_std is None else (std - wanted_std).abs() <= close
-    if shifts:
-        near = near & ((mean - wanted_mean).abs() <= close)
-    constant = is_constant(unit, y, seen, ranks) & finite
+    mean, std, target = seen.mean, seen.std, layer.target
+    size = mean.abs()
+    finite = size + std < torch.inf
+    constant = std <= torch.finfo(y.dtype).eps * size
+    if is_constant is not None:
+        constant = constant | is_constant
     usable = finite & ~constant
-    change = usable & ~near
-    change = change & _can_hold(unit.parameters[0], scale)
-    flags = torch.stack([change, constant, ~finite, torch.where(usable, mean.abs() / std, 0.0)])
-    flags = flags.reshape(4, -1).amax(1)  # of any channel
-    return Step(torch.where(change, scale, 1.0), torch.where(change, shift, 0.0), flags)
+    scale = torch.ones_like(std) if target.std is None else target.std / std
+    close = EXACT / 2 * target.scale
+    near = finite if target.std is None else (std - target.std).abs() <= close
+    shift = torch.zeros_like(mean)
+    if target.mean is not None:
+        shift = target.mean - scale * mean
+        near = near & ((mean - target.mean).abs() <= close if target.mean else size <= close)
+    change = usable & ~near & _can_hold(layer.weights[0], scale)
+    scale, shift = torch.where(change, scale, 1.0), torch.where(change, shift, 0.0)
+    return Step(scale, shift, change, constant & finite, finite, ratio=torch.where(usable, size / std, 0.0))
+
+
+def outcomes(steps: Sequence[Step]) -> list[Outcome]:
+    """Return what became of all steps: the only wait for the device."""
+    home = on_host([x.double() for step in steps for x in (step.changed, step.constant, step.finite, step.ratio)])
+    return [
+        Outcome(bool(changed.any()), bool(constant.any()), bool(finite.all()), float(ratio.max()))
+        for changed, constant, finite, ratio in zip(*(home[i::4] for i in range(4)), strict=True)
+    ]
 
 
 def _can_hold(weight: Tensor, scale: Tensor) -> Tensor:
@@ -56,33 +80,48 @@ def _can_hold(weight: Tensor, scale: Tensor) -> Tensor:
     return scale * heaviest <= largest
 
 
-def is_constant(unit: Unit, y: Tensor, seen: Moments, ranks: Ranks) -> Tensor:
-    """Whether the output (of a channel) doesn't depend on the input: no spread, or only that of the bias."""
-    eps = torch.finfo(y.dtype).eps
-    flat = seen.std <= eps * seen.mean.abs()
-    if unit.carriers is None or (bias := unit.carriers.bias) is None or seen.mean.dim():
-        return flat
-    shift = bias.detach().double() if y.device.type != "mps" else bias.detach().float()
-    only_bias = _near(seen.m2 / seen.n, (shift * unit.carriers.gain).var(unbiased=False), max(1e-6, 4 * eps))
-    if at_hand(y) and not bool(only_bias):
-        return flat  # the usual case, without the look at every value
-    y = y.detach().as_subclass(Tensor)
-    return flat | (only_bias & ranks.every(unit.name, (y == y[:1]).all()))
+def only_bias_varies(layer: Layer, y: Tensor, seen: Moments) -> Tensor | None:
+    """Whether the output's variance is that of the layer's bias, as it is where no input comes through."""
+    affine = layer.affine
+    if affine is None or affine.bias is None or seen.mean.dim():
+        return None
+    bias = affine.bias.detach().to(seen.std.dtype) * affine.gain
+    variance, wanted = seen.std.square() * ((seen.n - 1) / seen.n), bias.var(unbiased=False)
+    return (variance - wanted).abs() <= max(_SINGLE, 4 * torch.finfo(y.dtype).eps) * wanted
 
 
-def _near(a: Tensor, b: Tensor, rtol: float) -> Tensor:
-    return (a - b).abs() <= rtol * b
-
-
-def scaled(unit: Unit, y: Tensor, step: Step) -> Tensor:
-    """The output scaled and shifted, in place where the output is surely the layer's own."""
-    shape = [1] * y.dim()
-    if step.scale.dim():
-        shape[unit.channel_dim(y, True) or 0] = -1
-    wide = torch.promote_types(y.dtype, torch.float32)
-    scale, shift = step.scale.to(wide).reshape(shape), step.shift.to(wide).reshape(shape)
-    if y.dtype == wide and is_known_affine(unit.module):
-        if at_hand(y) and not step.scale.dim():  # one way through memory, not two
+def scaled(layer: Layer, y: Tensor, step: Step) -> Tensor:
+    """Return the output scaled and shifted, in place where the output is surely the layer's own."""
+    scale, shift, wide = step.scale, step.shift, torch.promote_types(y.dtype, torch.float32)
+    if scale.dim():
+        shape = [1] * y.dim()
+        shape[layer.channel_dim(y) or 0] = -1
+        scale, shift = scale.reshape(shape), shift.reshape(shape)
+    scale, shift = scale.to(wide), shift.to(wide)
+    if y.dtype == wide and is_known_affine(layer.module):
+        if statistics.at_hand(y) and not scale.dim():
             return torch.add(shift, y, alpha=float(scale), out=y)
-        return y.mul_(scale).add_(shift)
+        return torch.addcmul(shift, y, scale, out=y)
     return (y.to(wide) * scale + shift).to(y.dtype)
+
+
+def rescale(affine: AffineParameters, scale: Tensor, shift: Tensor, values: Sequence[Tensor] | None = None) -> None:
+    """Make an output `scale` times what it is (or was, with weights of these `values`), plus `shift`."""
+    weight, *bias = values or affine.both
+    scale, shift = scale.to(weight.device), shift.to(weight.device) / affine.gain
+    factor = affine.per_channel(scale) if affine.per_channel and scale.dim() else scale
+    _assign(affine.weight, weight, factor)
+    if affine.bias is not None:
+        shape = bias[0].shape if scale.dim() else ()
+        _assign(affine.bias, bias[0], scale.reshape(shape), shift.reshape(shape))
+
+
+def _assign(parameter: Tensor, value: Tensor, factor: Tensor, offset: Tensor | None = None) -> None:
+    """Set a parameter to value * factor + offset, rounded to a half precision only once."""
+    parameter, value = parameter.data, value.data  # a forward that asks for gradients has saved the parameter
+    wide = torch.promote_types(value.dtype, torch.float32)
+    if offset is None and parameter.dtype == wide:  # large weights need no second copy
+        torch.mul(value, factor.to(wide), out=parameter)
+    else:
+        result = value.to(wide) * factor.to(wide)
+        parameter.copy_(result if offset is None else result + offset.to(wide))

@@ -1,94 +1,76 @@
-"""How a unit is scaled and shifted: in one step, or, where none is exact, by a dial and where to turn it next."""
+"""Where no single step is exact: scale and shift of a layer as two knobs, and where to turn them next."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastai_lsuv.core.dry_run import Rehearsal
-from fastai_lsuv.core.layers import Unit
+from fastai_lsuv.core.affine import get_bias, set_bias
+from fastai_lsuv.core.dry_run import DryRun
+from fastai_lsuv.core.exact import rescale
+from fastai_lsuv.core.layers import Layer
 from fastai_lsuv.core.statistics import Moments
 
 
-def correct(unit: Unit, scale: Tensor, shift: Tensor, values: list[Tensor] | None = None) -> None:
-    """Make the output `scale` times what it is (or was, with weights of these `values`), plus `shift`."""
-    carriers = unit.carriers
-    assert carriers is not None
-    weight, *bias = values or carriers.parameters
-    scale, shift = scale.to(weight.device), shift.to(weight.device) / carriers.gain
-    with torch.no_grad():
-        factor = carriers.per_channel(scale) if carriers.per_channel and scale.dim() else scale
-        _assign(carriers.weight, weight, factor)
-        if carriers.bias is not None:
-            shape = bias[0].shape if scale.dim() else ()
-            _assign(carriers.bias, bias[0], scale.reshape(shape), shift.reshape(shape))
+class ScaleAndShift:
+    """Scale and shift of a layer, relative to the weights that it had when this was made.
 
-
-def _assign(parameter: Tensor, value: Tensor, factor: Tensor, offset: Tensor | None = None) -> None:
-    """Set a parameter to value * factor + offset, rounded to a half precision only once."""
-    wide = torch.promote_types(value.dtype, torch.float32)
-    if offset is None and parameter.dtype == wide:  # large weights need no second copy
-        torch.mul(value, factor.to(wide), out=parameter)
-    else:
-        result = value.to(wide) * factor.to(wide)
-        parameter.copy_(result if offset is None else result + offset.to(wide))
-
-
-class Dial:
-    """Scale and shift of a unit, relative to the weights that it had when the dial was made.
-
-    An affine unit's output y becomes scale * (y + shift). The position is the vector (log scale, shift / first std),
-    each one number or one a channel; without the second half where the mean stays. In these coordinates the mean of
-    a unit with a homogeneous activation behind it (leaky ReLU) depends, but for a factor, on the second half alone.
+    An affine layer's output y becomes scale * (y + shift). The position is the vector (log scale, shift / first std),
+    each one number or one per channel; without the second half where the mean stays. In these coordinates the mean of
+    a layer with a homogeneous activation behind it (leaky ReLU) depends, but for a factor, on the second half alone.
     """
 
-    def __init__(self, unit: Unit, rehearsal: Rehearsal, shifts: bool, seen: Moments) -> None:
-        assert unit.carriers is not None
-        self.unit, self.options, self.adopt = unit, unit.options, rehearsal.adopt
-        undo = rehearsal.undo
-        self.shifts = shifts and self.options.mean is not None
-        self.parameters = unit.carriers.parameters
-        for p in self.parameters:
-            undo.remember(p)
-        self.first = [p.detach().clone() for p in self.parameters]
-        self.first_shift: Any = undo.remember_value(unit, unit.shift.value, unit.shift.set) if unit.shift else None
+    def __init__(self, layer: Layer, dry_run: DryRun, seen: Moments) -> None:
+        assert layer.affine is not None
+        self.layer, self.dry_run, self.affine = layer, dry_run, layer.affine
+        dry_run.keep(layer.weights)
+        self.first = [w.detach().clone() for w in layer.weights]
+        self.first_bias: Any = get_bias(layer.module) if layer.exposed_bias else None
         self.unit_of_shift = _vector(seen.std)
         self.position = torch.zeros((1 + self.shifts) * seen.mean.numel(), dtype=torch.float64, device="cpu")
 
+    @property
+    def shifts(self) -> bool:
+        """Whether the mean is moved, too."""
+        return self.layer.target.mean is not None
+
     def image(self, seen: Moments) -> Tensor:
-        """The position that would be exact for an affine unit whose output now has these moments."""
+        """Return the position that would be exact for an affine layer whose output now has these moments."""
         scale, shift = self._scale_and_shift(self.position)
         mean, std = _vector(seen.mean), _vector(seen.std)
-        factor = self.options.std / std if self.options.std else torch.ones_like(std)
+        target = self.layer.target
+        factor = target.std / std if target.std else torch.ones_like(std)
         log_scale = (scale * factor).log()
         if not self.shifts:
             return log_scale
-        wanted_mean = self.options.mean or 0.0
-        return torch.cat([log_scale, (shift + (wanted_mean / factor - mean) / scale) / self.unit_of_shift])
+        return torch.cat([log_scale, (shift + ((target.mean or 0.0) / factor - mean) / scale) / self.unit_of_shift])
 
-    def turn(self, position: Tensor) -> None:
-        """Set scale and shift."""
+    def turn(self, position: Tensor, running: nn.Module | None = None) -> None:
+        """Set scale and shift; of a block that is `running` now, its exposed bias there, too."""
         self.position = position
         scale, shift = self._scale_and_shift(position)
         shift = scale * shift
         if len(scale) == 1:
             scale, shift = scale[0], shift[0]
-        exposed = self.unit.shift
-        correct(self.unit, scale, torch.zeros_like(shift) if exposed else shift, self.first)
+        exposed = self.layer.exposed_bias
+        rescale(self.affine, scale, torch.zeros_like(shift) if exposed else shift, self.first)
         if exposed:
-            self.adopt(partial(exposed.set, self.first_shift + float(shift)))
+            self._set_bias(self.first_bias + float(shift), running)
 
-    def reset(self) -> None:
-        """Back to the weights that the unit had when the dial was made, to the bit."""
-        self.position = torch.zeros_like(self.position)
-        with torch.no_grad():
-            for p, value in zip(self.parameters, self.first, strict=True):
-                p.copy_(value)
-        if self.unit.shift:
-            self.adopt(partial(self.unit.shift.set, self.first_shift))
+    def reset(self, running: nn.Module | None = None) -> None:
+        """Go back to the weights that the layer had when this was made, to the bit."""
+        self.position = torch.zeros((1 + self.shifts) * self.unit_of_shift.numel(), dtype=torch.float64, device="cpu")
+        for w, value in zip(self.layer.weights, self.first, strict=True):
+            w.data.copy_(value)
+        if self.layer.exposed_bias:
+            self._set_bias(self.first_bias, running)
+
+    def _set_bias(self, value: Any, running: nn.Module | None) -> None:
+        self.dry_run.biases[self.layer.module] = value
+        if running is not None:
+            set_bias(running, value)
 
     def _scale_and_shift(self, position: Tensor) -> tuple[Tensor, Tensor]:
         if not self.shifts:

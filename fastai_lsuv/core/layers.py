@@ -1,54 +1,64 @@
-"""What is measured and corrected: a layer or block with the parameters that carry its scale and shift."""
+"""What is measured and corrected: a layer or block, with the parameters that scale and shift its output."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
-from fastai_lsuv.core.options import Options
-from fastai_lsuv.core.probe import Carriers
+from fastai_lsuv.core.affine import AffineParameters
+from fastai_lsuv.core.dry_run import DryRun
+from fastai_lsuv.core.reasons import Note, Skip
 from fastai_lsuv.core.statistics import Moments
-
-TOO_FEW = "too few values"
+from fastai_lsuv.core.target import Target
 
 
 @dataclass(eq=False)
-class Unit:
-    """A layer or block whose output is measured and, if nothing speaks against it, corrected."""
+class Layer:
+    """A layer or block whose output is measured and, if nothing speaks against it, corrected.
+
+    A block isn't affine in its parameters: it is corrected by trying, through the last affine layer inside it.
+    """
 
     name: str
-    module: nn.Module
-    carriers: Carriers | None  # None: a block without an affine layer
-    options: Options  # what is wanted of it
-    is_block: bool = False  # corrected by trying, through `layer`
-    layer: nn.Module | None = None  # whose carriers a block uses, if not its own
-    reason: str = ""  # why it is skipped, or what the user should know
-    status: str = ""
-    n_iter: int = 0
-    ratio: float = 0.0  # |mean| / std of the output when it was corrected
-    is_first: bool = False  # no other layer has run before it: it sees the data
+    module: nn.Module  # of the model itself
+    affine: AffineParameters | None  # working weights; None: a block without an affine layer
     n_calls: int = 0
     has_more_outputs: bool = False  # tensors beside the one that is measured
     eps: float = 0.0  # spacing of the output's dtype at 1
-    before: Moments | None = None
+    is_first: bool = False  # no other layer has run before it: it sees the data
+    owner: nn.Module | None = None  # whose affine parameters a block uses, if not its own
+    exposed_bias: bool = False  # a block that shows a `bias` of its own, through which it is shifted
+    before: Moments | None = None  # of the untouched network
+    careful: bool = False  # its values are so large or small that a device has to read them twice
+
+    target: Target = field(default_factory=lambda: Target(0.0, 1.0))  # without a mean where that is kept
+    is_block: bool = False
+    skipped: Skip | None = None
+    notes: list[Note] = field(default_factory=list)
+    n_iter: int = 0  # corrections made
+    ratio: float = 0.0  # |mean| / std of the output when it was corrected
     after: Moments | None = None
-    shift: Shift | None = None  # where a block shows a `bias` of its own
 
-    def skip(self, reason: str) -> None:
-        """Leave it as it is, for a reason."""
-        self.status, self.reason, self.n_iter = "skipped", reason, 0
+    def skip(self, why: Skip) -> None:
+        """Leave it as it is."""
+        self.skipped, self.n_iter = why, 0
 
-    def note(self, what: str) -> None:
-        """Say something about a unit that is corrected all the same."""
-        if what not in self.reason:
-            self.reason = f"{self.reason}; {what}" if self.reason else what
+    def note(self, what: Note) -> None:
+        """Say something about a layer that is corrected all the same."""
+        if what not in self.notes:
+            self.notes.append(what)
 
-    def reconsider(self) -> None:
-        """Correct it after all, if it gets more values than in the untouched network, as a detector's heads may."""
-        self.status, self.reason = "", "" if self.can_shift else "no bias, mean kept"
+    def keep_mean(self, why: Note) -> None:
+        """Have its mean left alone."""
+        if self.target.mean is not None or why is Note.NO_BIAS:
+            self.note(why)
+        self.target = self.target.without_mean()
+
+    @property
+    def reason(self) -> str:
+        """Why it is skipped, or what else there is to say."""
+        return self.skipped.value if self.skipped else "; ".join(note.value for note in self.notes)
 
     @property
     def is_shared(self) -> bool:
@@ -58,84 +68,57 @@ class Unit:
     @property
     def can_shift(self) -> bool:
         """Whether the mean of the output can be moved."""
-        return self.shift is not None or (self.carriers is not None and self.carriers.bias is not None)
+        return self.exposed_bias or (self.affine is not None and self.affine.bias is not None)
 
     @property
-    def parameters(self) -> list[Tensor]:
+    def runs_again(self) -> bool:
+        """Whether only another run of it alone can tell what it puts out when it has been corrected."""
+        return (self.is_block and not self.is_shared) or self.has_more_outputs
+
+    @property
+    def weights(self) -> list[Tensor]:
         """What a correction changes."""
-        return self.carriers.parameters if self.carriers else []
+        return self.affine.both if self.affine else []
 
     @property
     def touched(self) -> list[Tensor]:
         """What a correction or an initialiser changes."""
-        return [*self.parameters, *self.carriers.matrices] if self.carriers else []
+        return [*self.weights, *self.affine.matrices] if self.affine else []
 
-    def channel_dim(self, y: Tensor, per_channel: bool) -> int | None:
-        """Dimension of the output that counts the channels, if they are to be told apart."""
-        known = per_channel and self.carriers is not None and self.carriers.channel_dim is not None
-        return self.carriers.channel_dim(y) if known else None  # type: ignore[union-attr,misc]
-
-
-@dataclass(frozen=True)
-class Shift:
-    """The `bias` property of a block, as in the fast.ai course's `ConvLayer`, whose bias is `-relu.sub`."""
-
-    module: nn.Module
-
-    @property
-    def value(self) -> Any:
-        """The bias now: a number or a tensor."""
-        value = self.module.bias
-        return value.detach().clone() if isinstance(value, Tensor) else value
-
-    def set(self, value: Any) -> None:
-        """Set it, in place where it is a parameter."""
-        current = self.module.bias
-        if isinstance(current, nn.Parameter):
-            current.data.copy_(torch.as_tensor(value))
-        else:
-            self.module.bias = value
+    def channel_dim(self, y: Tensor) -> int | None:
+        """Dimension of the output that counts the channels, if that is known."""
+        known = self.affine is not None and self.affine.channel_dim is not None
+        return self.affine.channel_dim(y) if known else None  # type: ignore[union-attr,misc]
 
 
-def exposed_shift(module: nn.Module) -> Shift | None:
-    """The module's `bias` if it is a property that can be set and holds a number."""
-    exposed = getattr(type(module), "bias", None)
-    if isinstance(exposed, property) and exposed.fset and isinstance(module.bias, (float, int, Tensor)):
-        return Shift(module)
-    return None
-
-
-def mark_frozen(units: list[Unit]) -> None:
+def mark_frozen(layers: list[Layer], dry_run: DryRun) -> None:
     """Only what trains is corrected."""
-    for unit in units:
-        if not unit.status and not all(p.requires_grad for p in unit.parameters):
-            unit.skip("frozen")
+    for layer in layers:
+        if not layer.skipped and not all(dry_run.original(w).requires_grad for w in layer.weights):
+            layer.skip(Skip.FROZEN)
 
 
-def mark_starved(units: list[Unit]) -> None:
+def mark_starved(layers: list[Layer]) -> None:
     """Nothing can be said of a single value."""
-    for unit in units:
-        if not unit.status and unit.before is not None and unit.before.n < 2:
-            unit.skip(TOO_FEW)
+    for layer in layers:
+        if not layer.skipped and layer.before is not None and layer.before.n < 2:
+            layer.skip(Skip.TOO_FEW)
 
 
-def mark_tied(model: nn.Module, units: list[Unit]) -> None:
-    """Of units with a weight in common the first keeps it; a weight that something else uses, too, is nobody's."""
+def mark_tied(layers: list[Layer], dry_run: DryRun) -> None:
+    """Of layers with a weight in common the first keeps it; a weight that something else uses, too, is nobody's."""
     owners: dict[int, set[nn.Module]] = {}
-    for module in model.modules():
+    for module in dry_run.names:
         for p in module.parameters(recurse=False):
             owners.setdefault(p.data_ptr(), set()).add(module)
-    sharing: dict[int, list[Unit]] = {}
-    for unit in units:
-        for carrier in unit.parameters:
-            sharing.setdefault(carrier.data_ptr(), []).append(unit)
+    sharing: dict[int, list[Layer]] = {}
+    for layer in layers:
+        for w in layer.weights:
+            sharing.setdefault(dry_run.original(w).data_ptr(), []).append(layer)
     for address, users in sharing.items():
-        at_home = {inner for unit in users for inner in (unit.layer or unit.module).modules()}
+        at_home = {inner for layer in users for inner in (layer.owner or layer.module).modules()}
         used_elsewhere = bool(owners.get(address, set()) - at_home)
-        _mark(users if used_elsewhere else users[1:], first_runs=not users[0].status)
-
-
-def _mark(users: list[Unit], first_runs: bool) -> None:
-    for unit in users:
-        if not unit.status or (unit.reason == "never called" and first_runs):
-            unit.skip("tied weight")
+        first_runs = not users[0].skipped
+        for layer in users if used_elsewhere else users[1:]:
+            if not layer.skipped or (layer.skipped is Skip.NEVER_CALLED and first_runs):
+                layer.skip(Skip.TIED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,22 +12,19 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from fastai_lsuv.core.blocks import is_right
 from fastai_lsuv.core.branches import branch_ends
 from fastai_lsuv.core.correction import Correction
-from fastai_lsuv.core.discovery import survey
-from fastai_lsuv.core.dry_run import Rehearsal
+from fastai_lsuv.core.discovery import discover, measure
+from fastai_lsuv.core.dry_run import Call, DryRun
 from fastai_lsuv.core.errors import add_to_message
-from fastai_lsuv.core.exact import EXACT
-from fastai_lsuv.core.hooks import hooked
-from fastai_lsuv.core.layers import TOO_FEW, Unit
+from fastai_lsuv.core.layers import Layer
 from fastai_lsuv.core.options import Options
-from fastai_lsuv.core.probe import first_tensor
+from fastai_lsuv.core.reasons import Note, Skip
 from fastai_lsuv.core.selection import Choice
-from fastai_lsuv.core.statistics import Moments, fetched, moments
+from fastai_lsuv.core.statistics import Moments
+from fastai_lsuv.core.target import EXACT, Target
 from fastai_lsuv.init import for_layer
-from fastai_lsuv.learner.distributed import Ranks
-from fastai_lsuv.report import ENDS_BRANCH, LSUVReport, Row
+from fastai_lsuv.report import LSUVReport, Row
 
 _EPS_OF_HALF = 1e-4  # fp16 and bf16 have a larger one
 _LARGE = 1e4  # |mean| / std, or std, at which fp32 outputs are rounded to about 1e-3
@@ -70,42 +67,64 @@ def lsuv_(
         (True, 3, 1.0)
     """
     options = Options(mean, std, per_channel, modules, exclude, init, tol, max_iter, residual)
-    return run(model, batch, options, Ranks())
+    return run(model, as_call(batch), options)
 
 
-def run(model: nn.Module, batch: Any, options: Options, ranks: Ranks) -> LSUVReport:
-    """`lsuv_` on one process or on several, each with a batch of its own; on several, inside `with ranks`."""
+def run(model: nn.Module, call: Call, options: Options) -> LSUVReport:
+    """`lsuv_` on the arguments of a forward."""
     started = time.perf_counter()
-    _check(model, batch)
-    with Rehearsal(model, batch, ranks) as rehearsal:
-        units = survey(rehearsal, options)
-        if not units:
-            warnings.warn(f"{type(model).__name__} has nothing to correct: no affine layer", stacklevel=3)
-        if options.residual:
-            _bound_branches(rehearsal, units, options)
-        if not options.only_measures:
-            for unit in units:
-                if unit.reason == TOO_FEW:
-                    unit.reconsider()
-                _reinitialise(unit, options, rehearsal)
-            correction = Correction(rehearsal, units, options)
-            correction.run()
-        _observe(rehearsal, units, options)
-        while not options.only_measures and correction.put_right([u for u in units if _may_get_better(u)]):
-            correction.run()
-            _observe(rehearsal, units, options)
-        ranks.finish()
-    rows = [_row(unit) for unit in units]
-    return LSUVReport(rows, rehearsal.n_forward, time.perf_counter() - started, options.mean, options.std)
+    _check(model, call)
+    dry_run = DryRun(model, call)
+    layers = discover(dry_run, options)
+    if not layers:
+        warnings.warn(f"{type(dry_run.model).__name__} has nothing to correct: no affine layer", stacklevel=3)
+    if options.residual:
+        _bound_branches(dry_run, layers, options)
+    if options.only_measures:
+        for layer in layers:
+            layer.after = layer.before
+    else:
+        _correct(dry_run, layers, options)
+        dry_run.hand_over()
+    rows = [_row(layer, options) for layer in layers]
+    return LSUVReport(rows, dry_run.n_forward, time.perf_counter() - started, options.mean, options.std)
 
 
-def _check(model: nn.Module, batch: Any) -> None:
+def as_call(batch: Any) -> Call:
+    """Return a forward's arguments for a batch: a tensor, a tuple or list of inputs, or a mapping of keyword inputs."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
+
+
+def _correct(dry_run: DryRun, layers: list[Layer], options: Options) -> None:
+    """Make correcting passes until nothing more is to be done, and measure the result in a clean one.
+
+    It ends: shared layers are turned `max_iter` times at most, a layer is examined, put back or taken for a block once,
+    and rounding is polished away twice at most.
+    """
+    for layer in layers:
+        if layer.skipped is Skip.TOO_FEW:
+            layer.skipped = None  # it may get more values than in the untouched network, as a detector's heads do
+        _reinitialise(layer, options, dry_run)
+    correction = Correction(dry_run, layers, options)
+    while correction.make_pass() or _look(correction, dry_run, layers, options):
+        pass
+
+
+def _look(correction: Correction, dry_run: DryRun, layers: list[Layer], options: Options) -> bool:
+    """Measure what has been reached; return whether it takes another pass."""
+    measure(dry_run, [layer for layer in layers if layer.before], options, "after")
+    return correction.has_more_to_do([layer for layer in layers if _may_get_better(layer, options)])
+
+
+def _check(model: nn.Module, call: Call) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: expected a torch.nn.Module")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise ValueError(f"{name!r} is lazy and not initialised yet: send a batch through the model first")
-    for x in tree_leaves(batch):
+    for x in tree_leaves(call):
         if isinstance(x, Tensor) and x.is_floating_point() and not bool((x.isfinite() | _is_mask(x)).all()):
             raise ValueError(f"the batch has NaN or infinity in an input of shape {tuple(x.shape)}")
 
@@ -115,112 +134,80 @@ def _is_mask(x: Tensor) -> Tensor:
     return ((x == 0) | (x == -torch.inf)).all() & (x == 0).any()
 
 
-def _bound_branches(rehearsal: Rehearsal, units: list[Unit], options: Options) -> None:
+def _bound_branches(dry_run: DryRun, layers: list[Layer], options: Options) -> None:
     """Want less of the layers that end residual branches."""
-    ends = branch_ends(rehearsal, [unit.module for unit in units if not unit.status])
-    at_end = [unit for unit in units if unit.module in ends]
-    rehearsal.ranks.agree("which layers end residual branches", [len(ends), *(unit.name for unit in at_end)])
+    ends = branch_ends(dry_run, [layer.module for layer in layers if not layer.skipped])
+    at_end = [layer for layer in layers if layer.module in ends]
     if not at_end:
         why = "no residual branch ends in a layer that is corrected and whose scale comes to the sum"
         warnings.warn(f"residual=True changes nothing: {why}", stacklevel=4)
-    for unit in at_end:
-        unit.options = options.for_branches(len(ends))
-        unit.note(ENDS_BRANCH)
+    for layer in at_end:
+        layer.target = layer.target.for_branch(len(ends))
+        layer.note(Note.ENDS_BRANCH)
 
 
-def _reinitialise(unit: Unit, options: Options, rehearsal: Rehearsal) -> None:
-    """Apply `init`, in fp32 and without gradients, to the weights of a unit that will be corrected."""
-    if options.init is None or unit.status or unit.carriers is None:
+def _reinitialise(layer: Layer, options: Options, dry_run: DryRun) -> None:
+    """Apply `init`, in fp32 and without gradients, to the weights of a layer that will be corrected."""
+    if options.init is None or layer.skipped or layer.affine is None:
         return
-    undo = rehearsal.undo
-    init = for_layer(options.init, unit.layer or unit.module, unit.is_first)
+    init = for_layer(options.init, layer.owner or layer.module, layer.is_first)
+    dry_run.keep(layer.touched)
     with torch.no_grad():
-        for weight in unit.carriers.matrices:
+        for weight in layer.affine.matrices:
             if weight.count_nonzero():  # zeros are there on purpose
-                undo.remember(weight)
                 wide = torch.promote_types(weight.dtype, torch.float32)
                 fresh = weight.detach().to(wide, memory_format=torch.contiguous_format, copy=True)
                 try:
                     init(fresh)
                 except Exception as error:
                     name = getattr(options.init, "__name__", repr(options.init))
-                    add_to_message(error, f"in init={name} on a weight of {unit.name!r}, shape {tuple(weight.shape)}")
+                    add_to_message(error, f"in init={name} on a weight of {layer.name!r}, shape {tuple(weight.shape)}")
                     raise
                 weight.copy_(fresh)
-        if unit.carriers.bias is not None and unit.carriers.weight.count_nonzero():
-            undo.remember(unit.carriers.bias)
-            unit.carriers.bias.zero_()
-    rehearsal.ranks.share(unit.name, unit.touched, undo.remember)  # each rank has random numbers of its own
+        if layer.affine.bias is not None and layer.affine.weight.count_nonzero():
+            layer.affine.bias.zero_()
 
 
-def _observe(rehearsal: Rehearsal, units: list[Unit], options: Options) -> None:
-    """Measure every unit in a clean pass."""
+def _row(layer: Layer, options: Options) -> Row:
+    before, after = _numbers(layer.before, layer.target), _numbers(layer.after, layer.target)
+    status = "skipped" if layer.skipped else _status(layer, options)
+    kind = type(layer.module).__name__
+    return Row(layer.name, kind, layer.n_calls, *before, *after, layer.n_iter, status, layer.reason)
+
+
+def _status(layer: Layer, options: Options) -> str:
     if options.only_measures:
-        for unit in units:
-            unit.after = unit.before
-        return
-    by_module = {unit.module: unit for unit in units}
-    for unit in units:
-        unit.after = None
-
-    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if (y := first_tensor(output)) is not None:
-            unit = by_module[module]
-            now = rehearsal.ranks.moments(unit.name, moments(y, unit.channel_dim(y, options.per_channel)))
-            unit.after = unit.after.merge(now) if unit.after else now
-
-    with hooked(dict.fromkeys((unit.module for unit in units if unit.before), see)):
-        rehearsal.forward()
-    measured = [unit for unit in units if unit.after]
-    for unit, home in zip(measured, fetched([unit.after for unit in measured if unit.after]), strict=True):
-        unit.after = home
-
-
-def _row(unit: Unit) -> Row:
-    if not unit.status:
-        unit.status = _status(unit)
-    before, after = _numbers(unit.before, unit.options), _numbers(unit.after, unit.options)
-    return Row(
-        unit.name, type(unit.module).__name__, unit.n_calls, *before, *after, unit.n_iter, unit.status, unit.reason
-    )
-
-
-def _status(unit: Unit) -> str:
-    if unit.options.only_measures:
         return "unchanged"
-    if not _is_right(unit):
+    if not _is_right(layer, options):
         return "not_converged"
-    return "corrected" if unit.n_iter else "unchanged"
+    return "corrected" if layer.n_iter else "unchanged"
 
 
-def _may_get_better(unit: Unit) -> bool:
+def _may_get_better(layer: Layer, options: Options) -> bool:
     """Whether it isn't right, or only by the allowance for a mean that dwarfed the std, as it may do no longer."""
-    return not _is_right(unit) or (unit.ratio > _LARGE and not _is_right(unit, exactly=True))
+    return not _is_right(layer, options) or (layer.ratio > _LARGE and not _is_right(layer, options, exactly=True))
 
 
-def _is_right(unit: Unit, exactly: bool = False) -> bool:
-    if unit.after is None:
-        return False
-    options = unit.options
-    tol = options.tol if unit.is_block or unit.is_shared else EXACT
-    centred = unit.can_shift and "mean kept" not in unit.reason
-    return is_right(unit.after, options, tol + (0.0 if exactly else _rounding(unit)), centred)
+def _is_right(layer: Layer, options: Options, exactly: bool = False) -> bool:
+    tol = options.tol if layer.is_block or layer.is_shared else EXACT
+    allowed = tol + (0.0 if exactly else _rounding(layer))
+    return layer.after is not None and layer.target.error(layer.after) <= allowed
 
 
-def _rounding(unit: Unit) -> float:
+def _rounding(layer: Layer) -> float:
     """What the output's precision allows to be off: a few eps, times |mean| / std where the mean dwarfs the std."""
-    options = unit.options
-    assert unit.after is not None
-    std = options.std or float(unit.after.std.max())
-    size = max(1.0, unit.ratio, abs(options.mean or 0.0) / std) * max(1.0, std)
-    return 4 * unit.eps * size if unit.eps > _EPS_OF_HALF or size > _LARGE else 0.0
+    if layer.after is None:
+        return 0.0
+    std = layer.target.std or float(layer.after.std.max())
+    size = max(1.0, layer.ratio, abs(layer.target.mean or 0.0) / std) * max(1.0, std)
+    return 4 * layer.eps * size if layer.eps > _EPS_OF_HALF or size > _LARGE else 0.0
 
 
-def _numbers(seen: Moments | None, options: Options) -> tuple[float, float]:
+def _numbers(seen: Moments | None, target: Target) -> tuple[float, float]:
     """Mean and std, of the channels those farthest from the wanted ones."""
     if seen is None:
         return float("nan"), float("nan")
-    return _farthest(seen.mean, options.mean or 0.0), _farthest(seen.std, options.std or 1.0)
+    return _farthest(seen.mean, target.mean or 0.0), _farthest(seen.std, target.std or 1.0)
 
 
 def _farthest(values: Tensor, wanted: float) -> float:

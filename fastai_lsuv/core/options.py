@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
 
 from fastai_lsuv.core.selection import Choice
+from fastai_lsuv.core.target import Target
 
 
 @dataclass(frozen=True)
@@ -61,19 +62,10 @@ class Options:
         if self.init is not None and not callable(self.init):
             raise TypeError(f"init={self.init!r}: expected an in-place initialiser such as nn.init.orthogonal_")
 
-    def for_branches(self, n: int) -> Options:
-        """Those for the ends of `n` residual branches, whose variances then add up to that of a single layer.
-
-        As GPT-2 does it (Radford et al. 2019); Hayou et al. 2021 (arXiv:2010.12859) show that 1/√n keeps signal and
-        gradients bounded at any depth.
-        """
-        assert self.std is not None
-        return replace(self, std=self.std / math.sqrt(n))
-
     @property
-    def small(self) -> float:
-        """What deviations are measured in: the wanted std where it is below 1, of which 1e-3 may be all."""
-        return min(1.0, self.std or 1.0)
+    def target(self) -> Target:
+        """What is wanted of a layer that can be scaled and shifted."""
+        return Target(self.mean, self.std)
 
     @property
     def only_measures(self) -> bool:

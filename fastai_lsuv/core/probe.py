@@ -1,10 +1,10 @@
-"""Which parameters carry the scale and the shift of a module's output, found by running it again."""
+"""Which parameters carry the scale and the shift of a module's output, found by running a copy of it again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -12,61 +12,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastai_lsuv.core.selection import channel_dim, per_output_channel
+from fastai_lsuv.core.affine import AffineParameters
 
 T = TypeVar("T")
 Run = Callable[[Any], Any]  # from inputs to the module's output, from the same random state each time
 
 
-@dataclass(frozen=True)
-class Carriers:
-    """Parameters through which a module's output y = weight·(…) + bias is scaled and shifted."""
-
-    weight: Tensor  # the output less its shift is linear in it
-    bias: Tensor | None = None  # adding 1 to it adds `gain` to every output
-    gain: float = 1.0
-    matrices: tuple[Tensor, ...] = ()  # the weights that an initialiser is for: `weight`, or those that it is a gain of
-    # one factor a channel, in a shape that multiplies `weight`; and where the channels are in an output
-    per_channel: Callable[[Tensor], Tensor] | None = None
-    channel_dim: Callable[[Tensor], int] | None = None
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """What a correction changes."""
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
-
-    def of(self, twins: Mapping[Tensor, Tensor]) -> Carriers:
-        """The same of a module that is built alike, given its parameter for each parameter here."""
-        bias = None if self.bias is None else twins[self.bias]
-        return replace(self, weight=twins[self.weight], bias=bias, matrices=tuple(twins[p] for p in self.matrices))
-
-
-def known_carriers(module: nn.Module) -> Carriers:
-    """Carriers of a known affine layer: its weight and bias."""
-    return Carriers(
-        weight=module.weight,  # type: ignore[arg-type]
-        bias=module.bias,  # type: ignore[arg-type]
-        matrices=(module.weight,),  # type: ignore[arg-type]
-        per_channel=lambda factor: per_output_channel(module, factor),
-        channel_dim=lambda output: channel_dim(module, output),
-    )
-
-
 def first_tensor(output: Any) -> Tensor | None:
-    """The first floating-point tensor of an output, however nested."""
+    """Return the first floating-point tensor of an output, however nested, or None."""
     if isinstance(output, Tensor):
         return output if output.is_floating_point() else None
     return next((o for o in tree_leaves(output) if isinstance(o, Tensor) and o.is_floating_point()), None)
 
 
-def find_carriers(
+def find_affine_parameters(
     run: Run,  # the module
     parameters: Sequence[Tensor],  # its own
     inputs: Any,  # of a call
     mixing: bool = True,  # layers only
     contains_layers: bool = False,  # whether other layers run inside it
-) -> Carriers | None:
-    """Carriers among `parameters`, or None.
+) -> AffineParameters | None:
+    """Return the affine parameters among `parameters`, or None.
 
     A parameter carries scale if the output is linear in it and no longer depends on the input when it is zero; it
     carries shift if it only moves the mean. Where several carry scale, the last one does (in y = BAx, B).
@@ -84,7 +50,7 @@ def find_carriers(
 
 
 def small_noise(inputs: T, samples: int = 2) -> T:
-    """Noise in the shape of `inputs`, of a few samples only: dead or exploded signals and large batches do no harm.
+    """Return noise in the shape of `inputs`, of a few samples only: dead or exploded signals do no harm to it.
 
     Integer and boolean tensors (indices, masks) keep their values.
     """
@@ -131,7 +97,7 @@ class _Probe:
         """Whether the output depends on no input: a layer inside is zero."""
         return not self._depends_on_input({})
 
-    def find(self, mixing: bool) -> Carriers | None:
+    def find(self, mixing: bool) -> AffineParameters | None:
         """The last carrier of scale, with its shift."""
         for weight in reversed(self.parameters):
             with suppress(FloatingPointError):
@@ -176,16 +142,16 @@ class _Probe:
         off, once, other = (self._with({weight: v}) for v in (zero, value, factor * value))
         return not self._same(once, off) and self._same(other - off, factor * (once - off))
 
-    def _with_shift(self, weight: Tensor) -> Carriers | None:
-        """Carriers with this weight, if nothing but a shift is left when it is zero."""
+    def _with_shift(self, weight: Tensor) -> AffineParameters | None:
+        """Affine parameters with this weight, if nothing but a shift is left when it is zero."""
         zero = {weight: torch.zeros_like(weight)}
         for bias in self.parameters:
             if bias is not weight and (gain := self._gain(bias)):
                 bare = self._with(zero | {bias: torch.zeros_like(bias)})
                 if self._vanishes(bare):
-                    return self._with_channels(Carriers(weight, bias, gain))
+                    return self._with_channels(AffineParameters(weight, bias, gain))
         off = self._with(zero)
-        return self._with_channels(Carriers(weight)) if self._vanishes(off) else None
+        return self._with_channels(AffineParameters(weight)) if self._vanishes(off) else None
 
     def _gain(self, bias: Tensor) -> float:
         """By how much every output moves when 1 is added to `bias`; 0 if not all move alike."""
@@ -203,7 +169,7 @@ class _Probe:
             return bool(((first != self.output) & (second != self.output)).any())
         return False
 
-    def _with_channels(self, found: Carriers) -> Carriers:
+    def _with_channels(self, found: AffineParameters) -> AffineParameters:
         """The same with the dimensions of weight and output that count the channels, where there are such."""
         weight, value = found.weight, _nonzero(found.weight)
         off = self._with({weight: torch.zeros_like(weight)})
@@ -250,3 +216,34 @@ def _set(values: Mapping[Tensor, Tensor]) -> Iterator[None]:
         finally:
             for p, value in kept.items():
                 p.copy_(value)
+
+
+def signature(module: nn.Module, call: Any) -> tuple[Any, ...] | None:
+    """Return what decides how a module uses its parameters: what holds of one with the same signature holds of it.
+
+    That is its types, its plain attributes and the shapes of its parameters and inputs. Of fractions it only matters
+    whether they are 0, 1, between, or beyond. None if it can't be told: buffers may be masks, hooks ahead of the
+    forward may make the weight.
+    """
+    if any(m._forward_pre_hooks or m._buffers for m in module.modules()):
+        return None
+    internal = vars(nn.Module()).keys()
+    attributes = [
+        (name, type(m), *((key, _kind(value)) for key, value in sorted(vars(m).items()) if key not in internal))
+        for name, m in module.named_modules()
+    ]
+    parameters = [(name, _kind(p)) for name, p in module.named_parameters()]
+    found = (tuple(attributes), tuple(parameters), tuple(_kind(o) for o in tree_leaves(call)))
+    try:
+        hash(found)
+    except TypeError:
+        return None
+    return found
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype, tuple(value.shape)
+    if isinstance(value, (tuple, list)):
+        return tuple(_kind(o) for o in value)
+    return (value > 0, value >= 0, value > 1, value >= 1) if type(value) is float else value

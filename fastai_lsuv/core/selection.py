@@ -1,4 +1,4 @@
-"""Which modules a user means, and the layer types whose weights need no examination."""
+"""Which modules a user means."""
 
 from __future__ import annotations
 
@@ -9,72 +9,15 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
+
+from fastai_lsuv.core.modules import named_modules, open_modules, plain
 
 Choice: TypeAlias = (
     type | tuple[type, ...] | str | nn.Module | Sequence[str] | Sequence[nn.Module]
     | Callable[[nn.Module], Iterable[nn.Module]] | None
 )  # fmt: skip
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# y = Wx + b, W in `weight` and b in `bias`. A shortcut past the probe, which finds the same.
-AFFINE_TYPES = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
-# Own parameters, but none that is summed over the input: the probe would find the same.
-GAIN_TYPES = (
-    nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU, nn.Embedding, nn.EmbeddingBag,
-)  # fmt: skip
-# Weights that meet what they have put out before, through nonlinear gates: no parameter carries the output's scale.
-RECURRENT_TYPES = (nn.RNNBase, nn.RNNCellBase)
-
-
-def is_known_affine(module: nn.Module) -> bool:
-    """Whether `module` computes what PyTorch's own Linear or convolution does, on parameters that are its own.
-
-    Not so: a subclass with a forward of its own, a weight computed from others (weight norm, parametrizations).
-    """
-    own = module._parameters
-    return (
-        any(isinstance(module, base) and _computes_as(module, base) for base in AFFINE_TYPES)
-        and own.get("weight") is not None
-        and "bias" in own
-    )
-
-
-def is_scripted(module: nn.Module) -> bool:
-    """Whether TorchScript runs the module: no hook of it fires, and its insides are out of Python's reach."""
-    return isinstance(module, torch.jit.ScriptModule)
-
-
-def open_modules(root: nn.Module) -> list[nn.Module]:
-    """All modules but scripted ones."""
-    return [m for m in root.modules() if not is_scripted(m)]
-
-
-def _computes_as(module: nn.Module, base: type[nn.Module]) -> bool:
-    methods = ("forward", "_conv_forward", "__call__")
-    return not vars(module).keys() & {"forward", "_conv_forward"} and all(
-        getattr(type(module), name, None) is getattr(base, name, None) for name in methods
-    )
-
-
-def channel_dim(module: nn.Module, output: Tensor) -> int:
-    """Dimension of the output of a known affine layer that counts its channels."""
-    if isinstance(module, nn.Linear):
-        return output.dim() - 1
-    return output.dim() - len(module.kernel_size) - 1  # type: ignore[arg-type]  # batched or not
-
-
-def per_output_channel(module: nn.Module, factor: Tensor) -> Tensor:
-    """One factor for each output channel of a known affine layer, in a shape that multiplies its weight."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    if isinstance(module, _TRANSPOSED):  # (in, out/groups, ...): each group of inputs feeds its own outputs
-        groups, inputs = module.groups, weight.shape[0] // module.groups
-        factor = factor.view(groups, 1, -1).expand(groups, inputs, -1).reshape(weight.shape[:2])
-        return factor.reshape(*factor.shape, *[1] * (weight.dim() - 2))
-    return factor.reshape(-1, *[1] * (weight.dim() - 1))
-
 
 def chosen(model: nn.Module, choice: Choice, option: str = "modules") -> list[nn.Module]:
     """Modules of `model` that `choice` (any form that `lsuv_` takes, not None) means.
@@ -84,7 +27,7 @@ def chosen(model: nn.Module, choice: Choice, option: str = "modules") -> list[nn
         TypeError: not one of the forms.
     """
     if isinstance(choice, type) or (isinstance(choice, tuple) and _all_are(choice, type)):
-        found = [m for m in model.modules() if isinstance(m, choice)]
+        found = [m for _, m in named_modules(model) if isinstance(m, choice)]
     elif isinstance(choice, str):
         found = _matching(model, choice, option)
     elif isinstance(choice, nn.Module):
@@ -154,8 +97,8 @@ def is_pattern(name: str) -> bool:
 
 
 def with_descendants(modules: Iterable[nn.Module]) -> set[nn.Module]:
-    """The modules and everything beneath them."""
-    return {inner for module in modules for inner in module.modules()}
+    """Return the modules and everything beneath them."""
+    return {inner for module in modules for _, inner in named_modules(module)}
 
 
 def _called(choice: Callable[[nn.Module], Iterable[nn.Module]], model: nn.Module, option: str) -> list[nn.Module]:
@@ -174,7 +117,7 @@ def _show(choice: Choice) -> str:
 
 
 def _matching(model: nn.Module, pattern: str, option: str) -> list[nn.Module]:
-    named = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
+    named = {name: m for name, m in named_modules(model, every_name=True) if name}
     if not is_pattern(pattern):
         found = [named[pattern]] if pattern in named else []
     else:
@@ -187,10 +130,10 @@ def _matching(model: nn.Module, pattern: str, option: str) -> list[nn.Module]:
 
 
 def _contained(model: nn.Module, modules: Sequence[object], option: str) -> list[nn.Module]:
-    inside = set(model.modules())
+    inside = {m for _, m in named_modules(model)}
     for module in modules:
         if not isinstance(module, nn.Module):
             raise TypeError(f"{option}: expected modules, got {module!r}")
-        if module not in inside:
+        if plain(module) not in inside:
             raise ValueError(f"{option}: {module!r} is not a part of this {type(model).__name__}")
-    return list(modules)  # type: ignore[arg-type]
+    return [plain(module) for module in modules]  # type: ignore[arg-type]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,49 +25,48 @@ _SAFE_SQUARES = (1e-30, 1e30)
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and sum of squared deviations of a set of values, or of each channel of it.
+    """Count, mean and unbiased standard deviation of a set of values, or of each channel of it.
 
-    `mean` and `m2` are 0-d tensors, or vectors with one entry a channel, in float64 on the device of the data.
+    `mean` and `std` are 0-d tensors, or vectors with one entry per channel, on the device of the data; `std` is NaN for
+    fewer than two values, as in `Tensor.std`.
     """
 
     n: int  # number of values (in each channel)
-    mean: Tensor  # their mean
-    m2: Tensor  # sum of their squared deviations from the mean
-
-    @cached_property
-    def var(self) -> Tensor:
-        """Unbiased variance (NaN for fewer than two values), as in `Tensor.var`."""
-        return self.m2 / (self.n - 1) if self.n > 1 else torch.full_like(self.m2, float("nan"))
-
-    @cached_property
-    def std(self) -> Tensor:
-        """Unbiased standard deviation (NaN for fewer than two values), as in `Tensor.std`."""
-        return self.var.sqrt()
+    mean: Tensor
+    std: Tensor
 
     def merge(self, other: Moments) -> Moments:
-        """Moments of both sets together (Chan, Golub & LeVeque 1979, "Updating formulae ... sample variances")."""
+        """Return the moments of both sets together (Chan, Golub & LeVeque 1979, "Updating formulae …")."""
         n = self.n + other.n
-        if n == 0:
-            return self
+        if not self.n or not other.n:
+            return self if self.n else other
         delta = other.mean - self.mean
-        return Moments(n, self.mean + delta * (other.n / n), self.m2 + other.m2 + delta**2 * (self.n * other.n / n))
+        m2 = self._m2() + other._m2() + delta**2 * (self.n * other.n / n)
+        return Moments(n, self.mean + delta * (other.n / n), (m2 / (n - 1)).sqrt())
+
+    def _m2(self) -> Tensor:
+        """Sum of squared deviations from the mean."""
+        return self.std.square() * (self.n - 1) if self.n > 1 else torch.zeros_like(self.mean)
 
 
-def moments(x: Tensor, channel_dim: int | None = None) -> Moments:
-    """Moments of all values of `x`, or of each channel if `channel_dim` is given.
+def moments(x: Tensor, channel_dim: int | None = None, careful: bool = False) -> Moments:
+    """Return the moments of all values of `x`, or of each channel if `channel_dim` is given.
 
-    Nothing is copied to the host on an accelerator. Accurate in every floating dtype, also where squares would
-    overflow or underflow (fp16, exploded or dying signals) and where |mean| dwarfs the std.
+    Nothing is copied to the host on an accelerator, where values are read once, by Welford's method; `careful` reads
+    them twice, in double precision, and holds squares that overflow or underflow there (exploded or dying signals).
     """
-    x = x.detach()
+    x = x.detach() if x.requires_grad else x
     if type(x) is not Tensor:
         x = x.as_subclass(Tensor)
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
+    n_channels = 1 if channel_dim is None else x.shape[channel_dim]
+    careful |= x.numel() < 2 * n_channels  # of a single value PyTorch's own say no more than a warning
     if channel_dim is not None:
-        return _channel_moments(x, channel_dim)
-    x = in_memory_order(x)
-    return _pooled_at_hand(x) if at_hand(x) else _pooled(x)
+        return _by_channel(x, channel_dim, careful or at_hand(x))
+    if at_hand(x):
+        return _at_hand(in_memory_order(x))
+    return _twice(in_memory_order(x)) if careful else _once(x)
 
 
 def at_hand(x: Tensor) -> bool:
@@ -75,15 +74,21 @@ def at_hand(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors of one floating type on the CPU: one wait for each device, whatever their number."""
+    home: dict[int, Tensor] = {}
+    for device in {t.device for t in tensors}:
+        there = [(i, t) for i, t in enumerate(tensors) if t.device == device]
+        numbers = torch.cat([t.reshape(-1) for _, t in there]).cpu()
+        parts = numbers.split([t.numel() for _, t in there])
+        home |= {i: part.view(t.shape) for (i, t), part in zip(there, parts, strict=True)}
+    return [home[i] for i in range(len(tensors))]
+
+
 def fetched(seen: Sequence[Moments]) -> list[Moments]:
-    """The same on the CPU: one copy from each device for all of them."""
-    home: dict[int, Moments] = {}
-    for device in {m.mean.device for m in seen}:
-        there = [(i, m) for i, m in enumerate(seen) if m.mean.device == device]
-        numbers = torch.cat([torch.stack([m.mean, m.m2]).flatten() for _, m in there]).cpu()
-        for (i, m), part in zip(there, numbers.split([2 * m.mean.numel() for _, m in there]), strict=True):
-            home[i] = Moments(m.n, *part.view(2, *m.mean.shape).unbind())
-    return [home[i] for i in range(len(seen))]
+    """Return the same moments on the CPU, in one go."""
+    home = on_host([x for m in seen for x in (m.mean, m.std)])
+    return [Moments(m.n, *pair) for m, pair in zip(seen, zip(home[::2], home[1::2], strict=True), strict=True)]
 
 
 def in_memory_order(x: Tensor) -> Tensor:
@@ -93,7 +98,7 @@ def in_memory_order(x: Tensor) -> Tensor:
     return x.reshape(-1)
 
 
-def _pooled_at_hand(x: Tensor) -> Moments:
+def _at_hand(x: Tensor) -> Moments:
     """One pass, nearly always: a look at the sums tells whether they are good enough."""
     n = x.numel()
     if n <= _SMALL:
@@ -110,7 +115,8 @@ def _pooled_at_hand(x: Tensor) -> Moments:
         total, squares = _sums(x - centre)
         rest = total / max(n, 1)  # what the rounding of the mean left over
         mean, m2 = float(centre) + rest, max(squares - n * rest * rest, 0.0)
-    return Moments(n, x.new_tensor(mean, dtype=torch.float64), x.new_tensor(m2, dtype=torch.float64))
+    std = math.sqrt(m2 / (n - 1)) if n > 1 else math.nan
+    return Moments(n, x.new_tensor(mean, dtype=torch.float64), x.new_tensor(std, dtype=torch.float64))
 
 
 def _sums(x: Tensor) -> tuple[float, float]:
@@ -123,22 +129,33 @@ def _sums(x: Tensor) -> tuple[float, float]:
     return float(x.sum()), float(norms.dot(norms)) + float(tail.dot(tail))
 
 
-def _pooled(x: Tensor) -> Moments:
-    """Two passes, without waiting for the device: the mean, and the values less the mean."""
+def _once(x: Tensor) -> Moments:
+    std, mean = torch.std_mean(x)
+    return Moments(x.numel(), mean, std)
+
+
+def _twice(x: Tensor) -> Moments:
+    """The mean, and then the values less the mean, without waiting for the device."""
     n, accumulator = x.numel(), _accumulator(x)
     mean = x.sum(dtype=accumulator) / max(n, 1)
     centred = x - mean.to(x.dtype)
     rest = centred.sum(dtype=accumulator) / max(n, 1)  # what the rounding of the mean left over
     squares = torch.linalg.vector_norm(centred, dtype=accumulator).square()
-    return Moments(n, mean.to(x.dtype).to(mean.dtype) + rest, (squares - n * rest**2).clamp(min=0))
+    return Moments(n, mean.to(x.dtype).to(mean.dtype) + rest, _std((squares - n * rest**2).clamp(min=0), n))
 
 
-def _channel_moments(x: Tensor, channel_dim: int) -> Moments:
-    channels = x.shape[channel_dim]
-    rows = x.movedim(channel_dim, 0).reshape(channels, -1).to(_accumulator(x))
-    n = rows.shape[1]
+def _by_channel(x: Tensor, channel_dim: int, careful: bool) -> Moments:
+    n = x.numel() // max(x.shape[channel_dim], 1)
+    if not careful:
+        std, mean = torch.std_mean(x, [d for d in range(x.dim()) if d != channel_dim])
+        return Moments(n, mean, std)
+    rows = x.movedim(channel_dim, 0).reshape(x.shape[channel_dim], -1).to(_accumulator(x))
     mean = rows.sum(1) / max(n, 1)
-    return Moments(n, mean, (rows - mean[:, None]).square().sum(1))
+    return Moments(n, mean, _std((rows - mean[:, None]).square().sum(1), n))
+
+
+def _std(m2: Tensor, n: int) -> Tensor:
+    return (m2 / (n - 1)).sqrt() if n > 1 else torch.full_like(m2, math.nan)
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastai_lsuv.core.errors import add_to_message
-from fastai_lsuv.core.statistics import Moments
 
 T = TypeVar("T")
 
@@ -33,10 +32,6 @@ class Ranks:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         pass
-
-    def moments(self, label: str, own: Moments) -> Moments:
-        """Moments of the values on all ranks together."""
-        return own
 
     def extremes(self, label: str, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Least and greatest value over all ranks."""
@@ -91,17 +86,6 @@ class Together(Ranks):
         if isinstance(error, FailedElsewhere):
             rank, failure = next((r, f) for r, f in enumerate(failures) if f is not None)
             raise _unpacked(rank, *failure) from None
-
-    def moments(self, label: str, own: Moments) -> Moments:
-        """Moments of the values on all ranks together, merged in the same order everywhere: the same to the bit."""
-        vector = torch.cat([own.mean.new_tensor([own.n]), own.mean.reshape(-1), own.m2.reshape(-1)])
-        merged: Moments | None = None
-        for part in self._exchange(label, vector):
-            mean, m2 = (half.reshape(own.mean.shape) for half in part[1:].to(own.mean.device).chunk(2))
-            now = Moments(int(part[0]), mean, m2)
-            merged = merged.merge(now) if merged else now
-        assert merged is not None
-        return merged
 
     def extremes(self, label: str, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Least and greatest value over all ranks."""

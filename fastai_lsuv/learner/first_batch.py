@@ -19,7 +19,6 @@ from fastcore.foundation import L
 from torch import nn
 from torch.utils.data import DataLoader as TorchDataLoader
 
-from fastai_lsuv.core.dry_run import put_back
 from fastai_lsuv.core.errors import add_to_message
 from fastai_lsuv.learner.distributed import Ranks
 from fastai_lsuv.learner.replay import Replay
@@ -161,3 +160,12 @@ def _streams(part: Any) -> Iterator[tuple[Any, Callable[[Any], object]]]:
             yield held.get_state(), held.set_state
         elif isinstance(held, np.random.Generator):
             yield held.bit_generator.state, partial(setattr, held.bit_generator, "state")
+
+
+def put_back(current: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Give a dict the entries that it had, touching only what differs."""
+    for name in current.keys() - saved.keys():
+        del current[name]
+    for name, value in saved.items():
+        if name not in current or current[name] is not value:
+            current[name] = value

@@ -14,8 +14,8 @@ from torch import nn
 
 from fastai_lsuv import lsuv_
 from fastai_lsuv.core.correction import Correction
-from fastai_lsuv.core.discovery import survey
-from fastai_lsuv.core.dry_run import Rehearsal
+from fastai_lsuv.core.discovery import discover
+from fastai_lsuv.core.dry_run import DryRun
 from fastai_lsuv.core.options import Options
 
 
@@ -69,8 +69,8 @@ def forward_pass(model, x):
 @contextlib.contextmanager
 def correcting_pass(model, x) -> Iterator:
     "The second of the three passes alone, ready to be run: measure and correct every layer, from its hook."
-    with Rehearsal(model, x) as rehearsal:
-        yield Correction(rehearsal, survey(rehearsal, Options()), Options()).run
+    dry_run = DryRun(model, ((x,), {}))
+    yield Correction(dry_run, discover(dry_run, Options()), Options()).make_pass
 
 
 whole = lsuv_

@@ -15,9 +15,10 @@ from torch import nn
 
 from fastai_lsuv import LSUVCallback, lsuv_
 from fastai_lsuv.core.blocks import correct_block
-from fastai_lsuv.core.layers import Unit
+from fastai_lsuv.core.layers import Layer
 from fastai_lsuv.core.options import Options
 from fastai_lsuv.core.statistics import moments
+from fastai_lsuv.core.target import Target
 from fastai_lsuv.demo import digits_dls, plain_cnn
 
 
@@ -220,9 +221,7 @@ def test_one_bias_for_all_channels_cannot_go_by_channel():
 
 
 class Turned:
-    "A dial that writes down its positions."
-
-    shifts = False
+    "Knobs that write down their positions."
 
     def __init__(self):
         self.position, self.past = torch.zeros(1, dtype=torch.float64), []
@@ -230,16 +229,17 @@ class Turned:
     def image(self, seen):
         return self.position - seen.std.log()
 
-    def turn(self, position):
+    def turn(self, position, running):
         self.position = position
         self.past.append(position)
 
 
 def test_a_block_that_does_not_get_there_is_left_at_its_best_step():
-    stds, dial = iter([0.8, 0.9, 0.6]), Turned()
+    stds, knobs = iter([0.8, 0.9, 0.6]), Turned()
     run = lambda std=None: moments(torch.tensor([-1.0, 1.0]).double() / 2**0.5 * (std or next(stds)))
-    correct_block(Unit("block", nn.Identity(), None, Options(max_iter=3)), dial, run(0.5), run)
-    assert len(dial.past) == 4 and dial.position == dial.past[1]
+    block = Layer("block", nn.Identity(), None, target=Target(None, 1.0))
+    correct_block(block, knobs, run(0.5), run, Options(max_iter=3))
+    assert len(knobs.past) == 4 and knobs.position == knobs.past[1]
 
 
 def test_a_shared_block_of_one_sign_keeps_its_mean_and_says_so():

@@ -10,8 +10,8 @@ from models import images, rows
 from torch import nn
 
 from fastai_lsuv import lsuv_
-from fastai_lsuv.core.probe import find_carriers, known_carriers
-from fastai_lsuv.core.selection import AFFINE_TYPES, GAIN_TYPES, RECURRENT_TYPES
+from fastai_lsuv.core.affine import AFFINE_TYPES, GAIN_TYPES, RECURRENT_TYPES, known_parameters
+from fastai_lsuv.core.probe import find_affine_parameters
 
 VOLUME = {1: (3, 4, 12), 2: (3, 4, 9, 9), 3: (3, 4, 6, 6, 6)}
 CONVS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}
@@ -38,7 +38,10 @@ def run_of(layer):
 
 def assert_agree(layer, x, mixing=True):
     "Weight, bias, what an initialiser is for, and how channels are told apart."
-    known, probed = known_carriers(layer), find_carriers(run_of(layer), list(layer.parameters()), x, mixing)
+    known, probed = (
+        known_parameters(layer, layer._parameters),
+        find_affine_parameters(run_of(layer), list(layer.parameters()), x, mixing),
+    )
     assert probed is not None and probed.weight is known.weight and probed.bias is known.bias
     assert probed.gain == pytest.approx(1, abs=1e-3)
     assert len(probed.matrices) == 1 and probed.matrices[0] is known.matrices[0]
@@ -58,7 +61,7 @@ def test_convolutions(kind, dims, shape, groups, bias):
     mixing = not (groups == 4 and shape["kernel_size"] == 1)
     assert_agree(layer, x, mixing)
     if not mixing:
-        assert find_carriers(run_of(layer), list(layer.parameters()), x) is None
+        assert find_affine_parameters(run_of(layer), list(layer.parameters()), x) is None
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -101,14 +104,14 @@ GAINS = {
 def test_what_is_passed_over_the_probe_passes_over_too(kind):
     layer, x = GAINS[kind]()
     assert issubclass(kind, GAIN_TYPES)
-    assert find_carriers(run_of(layer), list(layer.parameters()), x) is None
+    assert find_affine_parameters(run_of(layer), list(layer.parameters()), x) is None
 
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
 def test_the_probe_finds_nothing_in_recurrent_weights(kind):
     layer = kind(6, 5, batch_first=True)
     assert isinstance(layer, RECURRENT_TYPES)
-    assert find_carriers(run_of(layer), list(layer.parameters()), torch.randn(4, 7, 6)) is None
+    assert find_affine_parameters(run_of(layer), list(layer.parameters()), torch.randn(4, 7, 6)) is None
 
 
 # --- recurrent layers are named --------------------------------------------------------------------------------------

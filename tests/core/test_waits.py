@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import architecture
 
 from fastai_lsuv import lsuv_
-from fastai_lsuv.core import exact, statistics
-from fastai_lsuv.core.dry_run import Rehearsal
+from fastai_lsuv.core import statistics
+from fastai_lsuv.core.dry_run import DryRun
 from fastai_lsuv.core.statistics import fetched, moments
 
 COPIES = {
@@ -55,16 +55,15 @@ class Fetches(TorchFunctionMode):
 @pytest.fixture
 def passes_on_a_device(monkeypatch):
     "No value is at hand, and none may be asked for during a pass."
-    for room in (statistics, exact):
-        monkeypatch.setattr(room, "at_hand", lambda x: False)
-    forward, n = Rehearsal.forward, []
+    monkeypatch.setattr(statistics, "at_hand", lambda x: False)
+    forward, n = DryRun.forward, []
 
-    def watched(self):
+    def watched(self, *args):
         n.append(1)
         with Reads(), Fetches():
-            forward(self)
+            forward(self, *args)
 
-    monkeypatch.setattr(Rehearsal, "forward", watched)
+    monkeypatch.setattr(DryRun, "forward", watched)
     return n
 
 

@@ -1,0 +1,71 @@
+"""Layers that are called several times in a pass: judged over all their calls, and turned between passes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastai_lsuv.core.blocks import is_one_sided
+from fastai_lsuv.core.dry_run import DryRun
+from fastai_lsuv.core.iterated import Broyden, ScaleAndShift
+from fastai_lsuv.core.layers import Layer
+from fastai_lsuv.core.options import Options
+from fastai_lsuv.core.reasons import Note
+from fastai_lsuv.core.statistics import Moments
+
+
+class SharedLayers:
+    """The shared layers of a model, whose scales and shifts act on each other and are found together."""
+
+    def __init__(self, dry_run: DryRun, options: Options) -> None:
+        self.dry_run, self.options = dry_run, options
+        self.knobs: dict[Layer, ScaleAndShift] = {}
+        self.turned: list[Layer] = []  # layers whose knobs are turned together
+        self.solver = Broyden()
+        self.best: tuple[float, list[Tensor]] = (math.inf, [])  # least error, and the knobs' positions then
+        self.n_turns = 0
+        self.begin_pass()
+
+    def begin_pass(self) -> None:
+        """Forget the calls of the last pass."""
+        self.pooled: dict[Layer, Moments] = {}
+        self.one_sided: dict[Layer, bool] = {}  # in all calls
+
+    def add_call(self, layer: Layer, y: Tensor, now: Moments) -> None:
+        """Note one call of a layer."""
+        self.pooled[layer] = self.pooled[layer].merge(now) if layer in self.pooled else now
+        if now.n > 1 and layer.is_block:
+            self.one_sided[layer] = self.one_sided.get(layer, True) and is_one_sided(y, now)
+
+    def drop(self, layer: Layer) -> None:
+        """Leave a layer alone from now on."""
+        self.knobs.pop(layer, None)
+
+    def turn(self, but: set[Layer]) -> bool:
+        """Turn the knobs of all layers together, unless all are right; return whether they were turned."""
+        shared = {layer: seen for layer, seen in self.pooled.items() if layer not in but}
+        self._set_up(shared)
+        worst = max((layer.target.error(seen) for layer, seen in shared.items()), default=0.0)
+        if worst <= self.options.tol / 2 or self.n_turns == self.options.max_iter:
+            return False
+        self.n_turns += 1
+        here = [self.knobs[layer].position for layer in shared]
+        self.best = min(self.best, (worst, here), key=lambda pair: pair[0])
+        image = [self.knobs[layer].image(seen) for layer, seen in shared.items()]
+        target = self.solver.next(torch.cat(here), torch.cat(image)).split([len(p) for p in here])
+        is_last = self.n_turns == self.options.max_iter
+        for layer, position in zip(shared, self.best[1] if is_last else target, strict=True):
+            self.knobs[layer].turn(position)
+            layer.n_iter += 1
+        return True
+
+    def _set_up(self, shared: dict[Layer, Moments]) -> None:
+        for layer, seen in shared.items():
+            if layer not in self.knobs:
+                if layer.can_shift and not layer.exposed_bias and self.one_sided.get(layer):
+                    layer.keep_mean(Note.ONE_SIGN)
+                self.knobs[layer] = ScaleAndShift(layer, self.dry_run, seen)
+        if self.turned != list(shared):  # other unknowns than before
+            self.turned, self.solver, self.best = list(shared), Broyden(), (math.inf, [])
