@@ -17,7 +17,7 @@ from fastai_lsuv.core.copies import Memo, copied
 from fastai_lsuv.core.errors import name_module_at_work
 from fastai_lsuv.core.hooks import PreHook, eagerly, hooked
 from fastai_lsuv.core.modules import is_scripted, named_modules, open_modules, plain
-from fastai_lsuv.core.random_state import RandomState
+from fastai_lsuv.core.random_state import RandomState, kept_random_state
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a forward
 Before = Callable[[nn.Module, Call], None]
@@ -48,7 +48,8 @@ class DryRun:
 
     def forward(self, after: Mapping[nn.Module, After], before: Mapping[nn.Module, Before] | None = None) -> None:
         """Run a fresh copy of the model; `before` and `after` are called with the modules of the model itself."""
-        with _as_in_training(self._random):
+        self._random.restore()
+        with _as_in_training():
             copy, before = self._fresh_copy(), before or {}
             given = {module: _Given() for module in before}
             for module in {**before, **after}:
@@ -85,10 +86,8 @@ class DryRun:
             now.restore()
             return copied(snapshot, self._working_memo())(*args, **kwargs)
 
-        try:
+        with kept_random_state():
             yield run
-        finally:
-            now.restore()
 
     def _fresh_copy(self) -> nn.Module:
         """A copy of the model in the mode of training without dropout, on the working weights."""
@@ -130,6 +129,9 @@ class DryRun:
 
     def hand_over(self) -> None:
         """Give the model what was kept: the weights in one call, which nothing interrupts halfway."""
+        for name, p in self.model.named_parameters():
+            if self._working.get(p) in self._kept and _is_expanded(p):
+                raise RuntimeError(f"{name!r} can't be written to: it is expanded, several values are one in memory")
         first = {module: get_bias(module) for module in self.biases}
         try:
             for module, bias in self.biases.items():
@@ -185,11 +187,10 @@ class _Watched:
 
 
 @contextmanager
-def _as_in_training(random: RandomState) -> Iterator[None]:
+def _as_in_training() -> Iterator[None]:
     """Settings for a pass: no gradients, nothing compiled, no fast path of inference, no cast weights from before."""
     fastpath, cache = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
     try:
-        random.restore()
         torch.backends.mha.set_fastpath_enabled(False)  # training doesn't take it, nor its nested tensors
         torch.set_autocast_cache_enabled(False)  # it would hand out casts of weights as they were before a step
         with torch.no_grad(), eagerly():
@@ -197,7 +198,6 @@ def _as_in_training(random: RandomState) -> Iterator[None]:
     finally:
         torch.set_autocast_cache_enabled(cache)
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        random.restore()
 
 
 def _set_mode(copy: nn.Module) -> None:
@@ -233,3 +233,7 @@ def _one_value_a_channel_uses_running_statistics(
 def _channel_groups(norm: nn.Module, x: Tensor) -> int:
     per_sample = isinstance(norm, nn.modules.instancenorm._InstanceNorm)
     return x.shape[0] * x.shape[1] if per_sample else x.shape[1]
+
+
+def _is_expanded(t: Tensor) -> bool:
+    return any(size > 1 and not stride for size, stride in zip(t.shape, t.stride(), strict=True))

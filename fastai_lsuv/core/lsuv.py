@@ -19,6 +19,7 @@ from fastai_lsuv.core.dry_run import Call, DryRun
 from fastai_lsuv.core.errors import add_to_message
 from fastai_lsuv.core.layers import Layer
 from fastai_lsuv.core.options import Options
+from fastai_lsuv.core.random_state import kept_random_state
 from fastai_lsuv.core.reasons import Note, Skip
 from fastai_lsuv.core.selection import Choice
 from fastai_lsuv.core.statistics import Moments
@@ -74,18 +75,19 @@ def run(model: nn.Module, call: Call, options: Options) -> LSUVReport:
     """`lsuv_` on the arguments of a forward."""
     started = time.perf_counter()
     _check(model, call)
-    dry_run = DryRun(model, call)
-    layers = discover(dry_run, options)
+    with kept_random_state():
+        dry_run = DryRun(model, call)
+        layers = discover(dry_run, options)
+        if options.residual:
+            _bound_branches(dry_run, layers, options)
+        if options.only_measures:
+            for layer in layers:
+                layer.after = layer.before
+        else:
+            _correct(dry_run, layers, options)
+            dry_run.hand_over()
     if not layers:
         warnings.warn(f"{type(dry_run.model).__name__} has nothing to correct: no affine layer", stacklevel=3)
-    if options.residual:
-        _bound_branches(dry_run, layers, options)
-    if options.only_measures:
-        for layer in layers:
-            layer.after = layer.before
-    else:
-        _correct(dry_run, layers, options)
-        dry_run.hand_over()
     rows = [_row(layer, options) for layer in layers]
     return LSUVReport(rows, dry_run.n_forward, time.perf_counter() - started, options.mean, options.std)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -29,3 +31,13 @@ class RandomState:
             torch.cuda.set_rng_state_all(self.cuda)
         if self.mps is not None:
             torch.mps.set_rng_state(self.mps)
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Put all streams back to where they were before a `with` block."""
+    state = RandomState()
+    try:
+        yield
+    finally:
+        state.restore()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from audit import audit, differences, fingerprint, parameter_bits, rng_print
 from fastai.callback.hook import hook_outputs
 from fastai.learner import Learner
+from models import Tally
 from torch import nn
 
 from fastai_lsuv import LSUVCallback, lsuv_
@@ -144,7 +145,7 @@ class Drawing(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.drawn = []
+        self.drawn = Tally()
 
     def forward(self, x):
         self.drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))

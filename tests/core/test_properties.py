@@ -56,12 +56,19 @@ class Skip(nn.Module):
         return x + self.body(x.clone())
 
 
+class Plan(dict):
+    "Shared by all copies of a model."
+
+    def __deepcopy__(self, memo):
+        return self
+
+
 class Tap(nn.Module):
     "Passes on, and fails at its `at`-th call (outside of what a fingerprint sees)."
 
     def __init__(self):
         super().__init__()
-        self.plan = {}
+        self.plan = Plan()
 
     def forward(self, x):
         self.plan["calls"] = self.plan.get("calls", 0) + 1
