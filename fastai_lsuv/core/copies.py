@@ -37,7 +37,8 @@ def copied(original: T, memo: Memo | None = None) -> T:
         Exception: whatever a module raises that refuses to be copied.
     """
     parts = original.modules() if isinstance(original, nn.Module) else ()
-    return _Copier({} if memo is None else memo, {id(part) for part in parts}).copy(original)
+    with torch.no_grad():
+        return _Copier({} if memo is None else memo, {id(part) for part in parts}).copy(original)
 
 
 class _Copier:
@@ -140,11 +141,11 @@ def _is_full(cell: CellType) -> bool:
 
 def _tensor(t: Tensor) -> Tensor:
     if type(t) is nn.Parameter:
-        new: Tensor = nn.Parameter(t.detach().clone(), t.requires_grad)
+        new: Tensor = nn.Parameter(t.clone(), t.requires_grad)
     elif isinstance(t, nn.Parameter):
         new = t.__deepcopy__({})
     else:
-        return t.detach().clone().requires_grad_(t.requires_grad and t.is_leaf)
+        return t.clone().requires_grad_(t.requires_grad and t.is_leaf)
     vars(new).update(vars(t))
     return new
 

@@ -45,7 +45,7 @@ def discover(dry_run: DryRun, options: Options) -> list[Layer]:
     watch.last_output = None
     watch.fetch()
     layers = list(watch.layers())
-    overflown = [x for x in layers if x.careful and x.before is not None and not x.before.std.isfinite().all()]
+    overflown = [x for x in layers if x.careful and x.before is not None and not x.before.is_finite]
     measure(dry_run, overflown, options, "before")
     mark_frozen(layers, dry_run)
     mark_tied(layers, dry_run)
@@ -153,10 +153,10 @@ class _Watch:
     def _probe(self, module: nn.Module, parameters: list[Tensor], call: Call, mixing: bool) -> AffineParameters | None:
         inside = [m for _, m in named_modules(module) if m is not module]
         contains_layers = any(m in self.calls and self._is_layer(m) for m in inside)
-        attempts = [small_noise(call, samples=1 if contains_layers else 2)]
-        if not contains_layers:  # to run those on the whole batch would cost as much as a pass
-            attempts.append(call)
         with self.dry_run.replay(self.dry_run.snapshot(module, with_hooks=False)) as run:
+            attempts = [small_noise(call, samples=1 if contains_layers else 2)]
+            if not contains_layers:  # to run those on the whole batch would cost as much as a pass
+                attempts.append(call)
             for inputs in attempts:
                 # a module may refuse fewer samples or other values, in ways of its own
                 with suppress(Exception):
@@ -174,7 +174,7 @@ class _Watch:
 
     def fetch(self) -> None:
         """Bring all moments to the host."""
-        self.moments = dict(zip(self.moments, fetched([*self.moments.values()]), strict=True))
+        self.measured = dict(zip(self.moments, fetched([*self.moments.values()]), strict=True))
 
     def layers(self) -> Iterator[Layer]:
         """All layers, those that ran in the order in which they ended first, then those that never ran."""
@@ -215,8 +215,8 @@ class _Watch:
         return picked
 
     def _layer(self, module: nn.Module) -> Layer:
-        seen = self.moments[module]
-        extreme = not bool(((seen.std > 0) & (seen.std < torch.inf)).all())
+        seen = self.measured[module]
+        extreme = not all(0 < std < torch.inf for std in seen.std)
         layer = Layer(
             self.names[module],
             module,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import update_wrapper
 from types import MethodType
@@ -18,6 +18,7 @@ from fastai_lsuv.core.errors import name_module_at_work
 from fastai_lsuv.core.hooks import PreHook, eagerly, hooked
 from fastai_lsuv.core.modules import is_scripted, named_modules, open_modules, plain
 from fastai_lsuv.core.random_state import RandomState, kept_random_state
+from fastai_lsuv.core.statistics import on_host
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a forward
 Before = Callable[[nn.Module, Call], None]
@@ -118,14 +119,13 @@ class DryRun:
         """Return the model's parameter that a working weight stands for."""
         return self._original[weight]
 
-    def put_back(self, weights: Iterable[Tensor]) -> bool:
-        """Give working weights the model's values again; return whether they had others."""
-        changed = False
+    def put_back(self, weights: Sequence[Tensor]) -> bool:
+        """Give working weights the model's values again; return whether any had others."""
+        differ = on_host([(w != self._original[w]).any() for w in weights])
         for weight in weights:
-            changed |= not torch.equal(weight, self._original[weight])
             weight.data.copy_(self._original[weight])  # also where they are equal: -0.0 and 0.0 are
-            self._kept.discard(weight)
-        return changed
+        self._kept.difference_update(weights)
+        return any(differs for (differs,) in differ)
 
     def hand_over(self) -> None:
         """Give the model what was kept: the weights in one call, which nothing interrupts halfway."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from fastai_lsuv.core.options import Options
 from fastai_lsuv.core.random_state import kept_random_state
 from fastai_lsuv.core.reasons import Note, Skip
 from fastai_lsuv.core.selection import Choice
-from fastai_lsuv.core.statistics import Moments
+from fastai_lsuv.core.statistics import Measured, at_least_single
 from fastai_lsuv.core.target import EXACT, Target
 from fastai_lsuv.init import for_layer
 from fastai_lsuv.report import LSUVReport, Row
@@ -157,7 +158,7 @@ def _reinitialise(layer: Layer, options: Options, dry_run: DryRun) -> None:
     with torch.no_grad():
         for weight in layer.affine.matrices:
             if weight.count_nonzero():  # zeros are there on purpose
-                wide = torch.promote_types(weight.dtype, torch.float32)
+                wide = at_least_single(weight.dtype)
                 fresh = weight.detach().to(wide, memory_format=torch.contiguous_format, copy=True)
                 try:
                     init(fresh)
@@ -200,17 +201,17 @@ def _rounding(layer: Layer) -> float:
     """What the output's precision allows to be off: a few eps, times |mean| / std where the mean dwarfs the std."""
     if layer.after is None:
         return 0.0
-    std = layer.target.std or float(layer.after.std.max())
+    std = layer.target.std or max(layer.after.std)
     size = max(1.0, layer.ratio, abs(layer.target.mean or 0.0) / std) * max(1.0, std)
     return 4 * layer.eps * size if layer.eps > _EPS_OF_HALF or size > _LARGE else 0.0
 
 
-def _numbers(seen: Moments | None, target: Target) -> tuple[float, float]:
+def _numbers(seen: Measured | None, target: Target) -> tuple[float, float]:
     """Mean and std, of the channels those farthest from the wanted ones."""
     if seen is None:
         return float("nan"), float("nan")
     return _farthest(seen.mean, target.mean or 0.0), _farthest(seen.std, target.std or 1.0)
 
 
-def _farthest(values: Tensor, wanted: float) -> float:
-    return float(values if not values.dim() else values[(values - wanted).abs().argmax()])
+def _farthest(values: Sequence[float], wanted: float) -> float:
+    return max(values, key=lambda value: math.inf if math.isnan(value) else abs(value - wanted))
