@@ -135,10 +135,12 @@ def _what_to_tell(learn: Learner, decision: Decision) -> str:
 @delegates(lsuv_)
 def lsuv_init(
     self: Learner,
-    batch: Any = None,  # a batch as the DataLoaders give it, `(xb, yb)`; `None` takes one from `learn.dls`
+    batch: Any = None,  # a batch as the DataLoaders give it, `(xb, yb)`; `None`: the callback's, or one of `learn.dls`
     **kwargs: Any,
 ) -> LSUVReport:  # a row for each unit, in execution order; kept as `learn.lsuv_report`, too, unless it only measured
     """Initialise the model by LSUV (Mishkin & Matas 2016, arXiv:1511.06422) now, whatever state it is in: `lsuv_`.
+
+    Where the Learner has an `LSUVCallback`, its options are the defaults.
 
     Raises:
         ValueError: an option out of its range, and whatever else `lsuv_` raises.
@@ -156,6 +158,8 @@ def lsuv_init(
         True
     """
     Options.of("lsuv_init", kwargs)
+    for cb in self._grab_cbs(LSUVCallback):
+        batch, kwargs = cb.batch if batch is None else batch, cb.options | kwargs
     self.model.to(getattr(self.dls, "device", None))  # as every fit and validation does
     return _initialise(self, batch, kwargs)
 
@@ -168,3 +172,22 @@ def _initialise(learn: Learner, batch: Any, options: dict[str, Any], begun: floa
     if not checked.only_measures:  # a diagnosis is no initialisation
         keep(learn, Decision(report))
     return report
+
+
+_ask_the_model = Learner.__getattr__
+
+
+def _getattr(self: Learner, name: str) -> Any:
+    """Delegate to the model as ever; but where there is no report say why, for the model's own error helps nobody."""
+    if name != "lsuv_report":
+        return _ask_the_model(self, name)
+    if (decision := decision_on(self)) is not None:
+        why = f"this network looks trained ({decision.refused}); to overwrite its weights anyway: learn.lsuv_init()"
+    elif self._grab_cbs(LSUVCallback):
+        why = "it will when the first fit begins; to run it now: learn.lsuv_init()"
+    else:
+        why = "fit with LSUVCallback(), or call learn.lsuv_init()"
+    raise AttributeError(f"there is no lsuv_report, as LSUV has not run on this model: {why}")
+
+
+Learner.__getattr__ = _getattr

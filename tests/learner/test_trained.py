@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import suppress
 from functools import partial
 
 import cloudpickle
@@ -128,10 +129,8 @@ def test_also_where_the_fit_was_cut_short(make, stop):
             raise stop("cut")
 
     learn = make(opt_func=SGD)
-    try:
+    with suppress(stop):
         learn.fit(1, cbs=Cut())
-    except stop:
-        pass
     assert not runs_in_the_next_fit(learn, reset_opt=True)
 
 
@@ -361,3 +360,46 @@ def test_a_refusal_outlives_the_callback_that_saw_the_load(make):
     load(learn)
     learn.remove_cb(cb)
     assert not runs_in_the_next_fit(learn)
+
+
+# --- no report ---------------------------------------------------------------------------------------------------------------------
+
+NO_REPORT = {
+    "no callback": (lambda learn: None, r"fit with LSUVCallback\(\), or call learn.lsuv_init\(\)"),
+    "no fit yet": (lambda learn: learn.add_cb(LSUVCallback()), "when the first fit begins"),
+    "refused": (lambda learn: load(learn.add_cb(LSUVCallback())), "weights were loaded into it"),
+    "only measured": (lambda learn: learn.lsuv_init(mean=None, std=None), "fit with"),
+}
+
+
+@pytest.mark.parametrize("case", NO_REPORT)
+def test_where_there_is_no_report_the_error_says_why(make, case):
+    do, text = NO_REPORT[case]
+    do(learn := make())
+    assert not hasattr(learn, "lsuv_report")
+    assert "lsuv_report" not in vars(learn)
+    with pytest.raises(AttributeError, match=text):
+        learn.lsuv_report  # noqa: B018
+
+
+def test_other_attributes_are_asked_of_the_model_as_ever(make):
+    learn = make()
+    assert learn.named_parameters == learn.model.named_parameters
+    with pytest.raises(AttributeError, match="'Sequential' object has no attribute 'nothing'"):
+        learn.nothing  # noqa: B018
+    del learn.__dict__["model"]
+    with pytest.raises(AttributeError, match="model"):
+        learn.lsuv_report  # noqa: B018
+
+
+# --- learn.lsuv_init ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_callback_s_options_and_batch_are_the_defaults_of_lsuv_init(make):
+    batch = torch.randn(8, 1, 8, 8), torch.arange(8)
+    learn = make(cbs=LSUVCallback(batch, std=0.5, exclude="1.*"))
+    assert [row.name for row in learn.lsuv_init(mean=None)] == ["0.0", "0.2"]
+    with torch.no_grad():
+        out = learn.model[0][0](batch[0])
+    assert out.std().item() == pytest.approx(0.5, abs=1e-3)
+    assert [row.name for row in learn.lsuv_init(exclude=None, std=2)] == ["0.0", "0.2", "1.0", "1.3"]
