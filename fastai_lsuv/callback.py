@@ -181,7 +181,7 @@ def _getattr(self: Learner, name: str) -> Any:
     """Delegate to the model as ever; but where there is no report say why, for the model's own error helps nobody."""
     if name != "lsuv_report":
         return _ask_the_model(self, name)
-    if (decision := decision_on(self)) is not None:
+    if (decision := decision_on(self)) and decision.refused:
         why = f"this network looks trained ({decision.refused}); to overwrite its weights anyway: learn.lsuv_init()"
     elif self._grab_cbs(LSUVCallback):
         why = "it will when the first fit begins; to run it now: learn.lsuv_init()"

@@ -14,6 +14,7 @@ from weakref import WeakSet
 import torch
 from fastai.learner import Recorder, SkipToEpoch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fastai_lsuv.report import LSUVReport
 
@@ -38,7 +39,7 @@ class Layers(WeakSet[nn.Module]):
     @classmethod
     def of(cls, model: nn.Module) -> Layers:
         """Return those of `model`. Norms and wrappers have none, so that they may come and go."""
-        return cls(m for m in model.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False)))
+        return cls(m for m in model.modules() if any(is_lazy(p) or p.dim() > 1 for p in m.parameters(recurse=False)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Layers, (list(self),)
@@ -80,7 +81,12 @@ def _signs_of_norms(model: nn.Module) -> Iterator[str]:
         if (counted := int(getattr(module, "num_batches_tracked", None) or 0)) > 0:
             yield f"batch norm {named} has counted {counted} batch{'es' * (counted > 1)}"
         weight = getattr(module, "weight", None) if "norm" in type(module).__name__.lower() else None
-        if isinstance(weight, nn.Parameter) and weight.dim() == 1 and bool((weight != weight[:1]).any()):
+        if (
+            isinstance(weight, nn.Parameter)
+            and not is_lazy(weight)
+            and weight.dim() == 1
+            and bool((weight != weight[:1]).any())
+        ):
             yield f"the weights of norm {named} differ"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, UserDict
 from collections.abc import Callable, ValuesView
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet, ref
+from weakref import WeakSet, finalize, ref
 
 from torch import nn
 
@@ -52,6 +52,8 @@ class _HooksInView(UserDict[int, Callable[..., None]]):
     def __init__(self, module: nn.Module) -> None:
         self.data: OrderedDict[int, Callable[..., None]] = vars(module)[_HOOKS]
         self.module, self.watches = ref(module), WeakSet[LoadWatch]()
+        # handles of hooks that are registered meanwhile go through this view: it lives as long as the module
+        finalize(module, self.close).atexit = False
 
     def values(self) -> ValuesView[Callable[..., None]]:
         for watch in self.watches:
