@@ -104,14 +104,17 @@ def _signs_of_this_learner(learn: Learner) -> Iterator[str]:
 
 
 def _looked_for_a_learning_rate(learn: Learner, is_new: bool) -> bool:
-    """True if `lr_find` came last, which puts the weights back, and no schedule has been followed before.
+    """True if `lr_find` came last, which puts the weights back, and nothing tells of a fit before it.
 
-    The Recorder keeps the learning rates of the last run only, but the schedules of all that had one, `lr_find` aside.
+    The Recorder keeps the learning rates of the last run only. But it has schedules (`hps`) from fits alone, and so has
+    the Learner records of a whole epoch, training and validation, which a short `lr_find` leaves as they are.
     """
     recorder: dict[str, Any] = next((vars(cb) for cb in learn.cbs if isinstance(cb, Recorder)), {})
     ratios = [after / before for before, after in pairwise(recorder.get("lrs", ())) if before]
-    grew = len(ratios) > 1 and min(ratios) > 1 and max(ratios) - min(ratios) < 1e-6
-    return grew and (is_new or "hps" not in recorder)
+    if len(ratios) < 2 or min(ratios) <= 1 or max(ratios) - min(ratios) > 1e-6:  # not exponential
+        return False
+    of_an_epoch = len(recorder["metric_names"]) - 1 - recorder["add_time"]  # not the epoch itself, nor the time
+    return is_new or not ("hps" in recorder or len(vars(learn).get("final_record", ())) == of_an_epoch)
 
 
 def _were_zeroed(gradients: Iterable[torch.Tensor]) -> bool:

@@ -122,6 +122,15 @@ def test_also_where_lr_find_came_after_a_fit_with_a_schedule(make, fit, since):
     assert not runs_in_the_next_fit(learn)
 
 
+def test_also_where_a_short_lr_find_came_after_a_fit_without_a_schedule(tmp_path):
+    "Shorter than an epoch, as it is on all but toy data."
+    for fit, trained in ((lambda learn: learn.fit(1), True), (lambda learn: learn.validate(), False)):
+        learn = learner(digits(200, 8), opt_func=SGD, path=tmp_path)
+        fit(learn)
+        lr_find(learn)
+        assert runs_in_the_next_fit(learn) != trained
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, CancelFitException, ZeroDivisionError])
 def test_also_where_the_fit_was_cut_short(make, stop):
     class Cut(Callback):
