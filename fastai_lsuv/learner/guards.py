@@ -77,17 +77,17 @@ def _signs_of_training(learn: Learner) -> Iterator[str]:
 
 def _signs_of_norms(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
-        named = f"{name.replace('_orig_mod.', '')!r}" if name else type(module).__name__
-        if (counted := int(getattr(module, "num_batches_tracked", None) or 0)) > 0:
-            yield f"batch norm {named} has counted {counted} batch{'es' * (counted > 1)}"
-        weight = getattr(module, "weight", None) if "norm" in type(module).__name__.lower() else None
-        if (
-            isinstance(weight, nn.Parameter)
-            and not is_lazy(weight)
-            and weight.dim() == 1
-            and bool((weight != weight[:1]).any())
-        ):
+        named = repr(name.replace("_orig_mod.", "")) if name else type(module).__name__
+        count = dict(module.named_buffers(recurse=False)).get("num_batches_tracked")
+        if count is not None and int(count) > 0:
+            yield f"batch norm {named} has counted {int(count)} batch{'es' * (int(count) > 1)}"
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        if weight is not None and "norm" in type(module).__name__.lower() and _differ(weight):
             yield f"the weights of norm {named} differ"
+
+
+def _differ(weight: torch.Tensor) -> bool:
+    return not is_lazy(weight) and weight.dim() == 1 and bool((weight != weight[:1]).any())
 
 
 def _signs_of_this_learner(learn: Learner) -> Iterator[str]:
@@ -99,7 +99,7 @@ def _signs_of_this_learner(learn: Learner) -> Iterator[str]:
         return
     if "smooth_loss" in vars(learn) and seen is None:  # else it tells of the model before this one
         yield "this Learner has trained it"
-    if _were_zeroed(p.grad for p in learn.model.parameters() if p.grad is not None):
+    if _were_zeroed(p.grad for p in learn.model.parameters()):
         yield "an optimizer has zeroed its gradients"
 
 
@@ -117,8 +117,8 @@ def _looked_for_a_learning_rate(learn: Learner, is_new: bool) -> bool:
     return is_new or not ("hps" in recorder or len(vars(learn).get("final_record", ())) == of_an_epoch)
 
 
-def _were_zeroed(gradients: Iterable[torch.Tensor]) -> bool:
-    first = next(iter(gradients), None)
+def _were_zeroed(gradients: Iterable[torch.Tensor | None]) -> bool:
+    first = next((g for g in gradients if g is not None and g.layout == torch.strided), None)
     return first is not None and not bool(first.any())
 
 

@@ -10,7 +10,7 @@ from weakref import WeakSet, finalize, ref
 from torch import nn
 
 from fastai_lsuv.core.selection import open_modules
-from fastai_lsuv.learner.guards import Decision, Layers, keep
+from fastai_lsuv.learner.guards import Decision, Layers, decision_on, keep
 
 if TYPE_CHECKING:
     from fastai.learner import Learner
@@ -32,8 +32,8 @@ class LoadWatch:
             view.watches.add(self)
 
     def note_load(self) -> None:
-        """Refuse it: weights have been loaded."""
-        if (learn := self.learn()) is not None:
+        """Refuse it, unless it has had LSUV by `learn.lsuv_init` already: weights have been loaded."""
+        if (learn := self.learn()) is not None and decision_on(learn) is None:
             keep(learn, Decision(refused="weights were loaded into it"), self.layers)
 
     def end(self) -> None:

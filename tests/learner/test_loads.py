@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from audit import audit, moved, parameter_bits
-from fastai.vision.all import OptimWrapper
+from fastai.vision.all import SGD, OptimWrapper
 from learners import Spy, body_and_head, digits, exact, learner, ran, small_cnn
 from torch import nn
 
@@ -221,6 +221,27 @@ def test_fresh_networks_with_norms_run(make, how):
     assert ran(learn)
 
 
+def test_gradients_that_are_there_are_no_trace(make):
+    "Those of a first look by hand, sparse ones too."
+    for model in (small_cnn(), nn.Sequential(nn.Flatten(), Looked(), nn.Linear(4, 10))):
+        learn = make(model=model, cbs=LSUVCallback(), opt_func=SGD)
+        x, y = learn.dls.one_batch()
+        learn.loss_func(learn.model(x), y).backward()
+        learn.fit(1)
+        assert ran(learn)
+
+
+class Looked(nn.Module):
+    "Looks its first pixel up."
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(8, 4, sparse=True)
+
+    def forward(self, x):
+        return self.table((x[:, 0] > 0).long())
+
+
 def test_a_fresh_optimizer_is_no_trace(make):
     learn = make(cbs=LSUVCallback())
     learn.create_opt()
@@ -279,6 +300,17 @@ def test_the_fit_after_it_does_not_run_it_again(make, capsys):
     learn.add_cb(spy := Spy())
     learn.fit(1)
     assert spy.states[0] == bits
+    assert learn.lsuv_report is report
+    assert not lines(capsys)
+
+
+def test_its_report_outlives_a_load(make, capsys):
+    learn = make(cbs=LSUVCallback())
+    report = learn.lsuv_init()
+    learn.save("initialised")
+    learn.load("initialised", with_opt=False)
+    capsys.readouterr()
+    learn.fit(1)
     assert learn.lsuv_report is report
     assert not lines(capsys)
 
