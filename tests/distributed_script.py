@@ -1,4 +1,4 @@
-"""What each of two processes does in test_ranks.py: trains as `distrib_ctx` has it, on data of its own, and tells what it saw."""
+"""What each of two processes does in test_distributed.py: trains as `distrib_ctx` has it, on data of its own, and tells what it saw."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.distributed import DistributedDL
 from fastai.learner import Learner
-from models import Picky, Shared, Stumble
+from models import Picky, Stumble
 from torch import nn
 
 from fastai_lsuv import ActivationStatsRecorder, LSUVCallback, lsuv_
@@ -63,11 +63,6 @@ def conv(n_in, n_out, *more):
     return nn.Conv2d(n_in, n_out, 3, 2, 1), *more, nn.ReLU(inplace=True)
 
 
-class Branch(nn.Sequential):
-    def forward(self, x):
-        return x + super().forward(x)
-
-
 class Either(nn.Module):
     "Which layer runs depends on the data, and so on the rank."
 
@@ -87,13 +82,7 @@ MODELS = {
     "blocks": lambda: nn.Sequential(
         nn.Sequential(*conv(1, 8)), nn.Sequential(*conv(8, 8), nn.Flatten()), nn.Sequential(nn.Linear(32, 10))
     ),
-    "shared": lambda: nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 10), nn.Tanh(), Shared(2, torch.tanh), nn.Linear(3, 10)
-    ),
     "either": Either,
-    "branches": lambda: nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 10), *(Branch(nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 10)) for _ in range(2))
-    ),
 }
 ERRORS = {
     "value": lambda: ValueError("record 7 is broken"),
@@ -205,16 +194,16 @@ def train(rank, model="plain", given=True, lsuv=True, loaded=(), done=(), **opti
     return result | {"second": again.first, "same report": getattr(learn, "lsuv_report", None) is report}
 
 
-def lsuv_init(rank, model="plain", **options):
+def lsuv_init(rank, models=("plain", "plain")):
     "The explicit door, inside the context."
-    net = MODELS[model]()
+    net, error = MODELS[models[rank]](), ""
     own, learn = state(net), learner(rank, net)
     with together(learn):
         try:
-            learn.lsuv_init(own_batch(rank), **options)
-        except Exception as e:
-            return {"error": type(e).__name__, "left": state(net), "own": own}
-    return {"own": own, "after": state(net), "rows": rows(learn)}
+            learn.lsuv_init(own_batch(rank))
+        except RuntimeError as e:
+            error = str(e)
+    return {"own": own, "after": state(net), "rows": rows(learn), "error": error}
 
 
 def fails(rank, where, kind, on=1):

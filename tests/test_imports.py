@@ -35,6 +35,7 @@ ORDER = [
     "core.lsuv",
     "learner.loop",
     "learner.guards",
+    "learner.loads",
     "learner.effects",
     "learner.replay",
     "learner.first_batch",

@@ -79,7 +79,7 @@ def run(model: nn.Module, call: Call, options: Options) -> LSUVReport:
     with kept_random_state():
         dry_run = DryRun(model, call)
         layers = discover(dry_run, options)
-        if options.residual:
+        if options.residual and not options.only_measures:
             _bound_branches(dry_run, layers, options)
         if options.only_measures:
             for layer in layers:

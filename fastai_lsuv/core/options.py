@@ -47,7 +47,7 @@ class Options:
             raise ValueError(f"tol={self.tol!r}: expected a positive finite number")
         if self.max_iter < 1:
             raise ValueError(f"max_iter={self.max_iter!r}: expected a whole number of at least 1")
-        if self.residual and self.std is None:
+        if self.residual and self.std is None and self.mean is not None:
             raise ValueError("residual=True with std=None: it is by their std that branches are bounded")
 
     def _check_types(self) -> None:

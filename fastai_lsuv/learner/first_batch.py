@@ -20,7 +20,6 @@ from torch import nn
 from torch.utils.data import DataLoader as TorchDataLoader
 
 from fastai_lsuv.core.errors import add_to_message
-from fastai_lsuv.learner.distributed import Ranks
 from fastai_lsuv.learner.replay import Replay
 
 if TYPE_CHECKING:
@@ -35,7 +34,6 @@ def as_fed(
     learn: Learner,
     batch: Any = None,  # a batch as the DataLoaders give it, `(xb, yb)`; `None` takes one from `learn.dls.train`
     begun: float = -math.inf,  # callbacks of a smaller order have had their `before_fit`
-    ranks: Ranks | None = None,  # where each is to have a batch of its own
 ) -> Iterator[tuple[Any, ...]]:
     """The inputs of one training batch as the model will be fed them, for a `with` block in the training's autocast.
 
@@ -51,7 +49,7 @@ def as_fed(
             if learn.dls is None:
                 raise ValueError("the Learner has no DataLoaders to take a batch from; lsuv_(model, xb) needs none")
             try:
-                batch = _one_batch(learn.dls.train, ranks)
+                batch = _one_batch(learn.dls.train)
             except Exception as error:
                 add_to_message(error, f"LSUV stopped while it took a batch from {type(learn.dls.train).__name__}")
                 raise
@@ -64,14 +62,14 @@ def as_fed(
         yield inputs
 
 
-def _one_batch(dl: Iterable[Any], ranks: Ranks | None = None) -> Any:
+def _one_batch(dl: Iterable[Any]) -> Any:
     """The batch that a training loop over `dl` would see first (on this rank), fetched in this process.
 
     Raises:
         ValueError: there is none.
     """
     with _untouched(dl):
-        batch = next(iter(_share(_single_process(dl), ranks)), None)
+        batch = next(iter(_single_process(dl)), None)
     if batch is None:
         raise ValueError(f"{type(dl).__name__} has no batch: is it empty, or smaller than a batch with `drop_last`?")
     return batch
@@ -84,17 +82,6 @@ def _kept_random_states() -> Iterator[None]:
         yield
     finally:
         set_random_states(**states)
-
-
-def _share(dl: Iterable[Any], ranks: Ranks | None) -> Iterable[Any]:
-    """A view of a DataLoader that gives each rank its own part, as training on several does."""
-    if ranks is None or ranks.size == 1:
-        return dl
-    from fastai.distributed import DistributedDL  # noqa: PLC0415  (there only with accelerate)
-
-    share = DistributedDL(dl, ranks.rank, ranks.size)
-    share._broadcast = lambda indices, _: ranks.first("indices", indices)  # ends all if one fails; on any device
-    return share
 
 
 def _single_process(dl: Iterable[Any]) -> Iterable[Any]:
