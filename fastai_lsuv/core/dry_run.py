@@ -64,6 +64,8 @@ class DryRun:
                 name_module_at_work(error, {self._copies[m]: name for m, name in self.names.items()})
                 raise
             finally:
+                for module in {**before, **after}:  # a cycle would keep it alive until the next garbage collection
+                    del vars(self._copies[module])["forward"]
                 self._copies = {}
         self.n_forward += 1
 
@@ -73,8 +75,11 @@ class DryRun:
         Without their forward hooks, the user's see nothing of what it is run for.
         """
         snapshot = copied(self._copies[module], self._working_memo())
-        for m in () if with_hooks else open_modules(snapshot):
-            m._forward_hooks = OrderedDict()
+        for m in open_modules(snapshot):
+            if getattr(vars(m).get("forward"), "__func__", None) is type(m).forward:
+                del vars(m)["forward"]  # it was a watched one's; a cycle would keep all inputs alive
+            if not with_hooks:
+                m._forward_hooks = OrderedDict()
         return snapshot
 
     @contextmanager
