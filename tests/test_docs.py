@@ -16,6 +16,7 @@ from fastai_lsuv import demo, init
 from fastai_lsuv.recording.reading import Reading
 
 ROOT = Path(__file__).parent.parent
+NBS = ROOT / "nbs"
 sys.path.insert(0, str(ROOT / "docs"))
 from autodocments import meanings  # noqa: E402  (what the site shows)
 
@@ -114,7 +115,7 @@ def test_the_reference_shows_it_with_the_comment_of_every_parameter(site, name):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *(f"nbs/{p.name}" for p in (ROOT / "nbs").glob("*.ipynb"))]
+    "page", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *sorted(f"nbs/{p.name}" for p in NBS.glob("*.ipynb"))]
 )
 def test_pages_link_to_pages_of_the_site(site, page):
     "Relative links in the repository become links in the site; what the site needs, it has."

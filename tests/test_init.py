@@ -286,7 +286,7 @@ def test_they_take_what_torch_s_take():
 @pytest.mark.parametrize(
     "act",
     [torch.relu, nn.ReLU(inplace=True), nn.LeakyReLU(1 / 3), nn.GELU(), nn.SiLU(), nn.Softplus(), nn.Identity()],
-    ids=str,
+    ids=lambda act: act.__name__ if act is torch.relu else str(act),
 )
 def test_any_std_does_where_the_odd_part_is_linear(act):
     assert critical_std(act, 5) == critical_std(act, 10_000) == 1
