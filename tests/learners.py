@@ -20,6 +20,7 @@ from fastai.vision.all import (
     PILImageBW,
     ProgressCallback,
     accuracy,
+    default_device,
     params,
 )
 from sklearn.datasets import load_digits
@@ -63,9 +64,12 @@ def body_and_head(model):
 def learner(dls=None, model=None, path=".", **kwargs):
     "A Learner without progress bars."
     seed(11)
+    model = model if model is not None else small_cnn()
+    if default_device().type == "cuda":
+        model.cuda()  # before the test looks at it for the first time
     learn = Learner(
         dls if dls is not None else digits(),
-        model if model is not None else small_cnn(),
+        model,
         path=path,
         **{"loss_func": CrossEntropyLossFlat(), "metrics": accuracy} | kwargs,
     )
