@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from functools import partial
 
@@ -27,9 +28,12 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 
+scans = functools.cache(partial(load_digits, return_X_y=True))
+
+
 def items(n=160):
     "(image, label) pairs."
-    x, y = load_digits(return_X_y=True)
+    x, y = scans()
     return [(np.uint8(x[i].reshape(8, 8) * 15), str(y[i])) for i in range(n)]
 
 

@@ -1,6 +1,7 @@
 """After every test: nothing of ours left behind, neither a hook nor a setting."""
 
 import functools
+import gc
 import random
 import sys
 import warnings
@@ -20,6 +21,12 @@ from torch import nn
 import fastai_lsuv  # noqa: F401
 
 matplotlib.use("Agg")
+
+
+def pytest_collection_finish():
+    "What is imported stays; tests that collect garbage needn't go through it every time."
+    gc.freeze()
+
 
 REGISTER = (
     "register_forward_hook",
