@@ -1,4 +1,4 @@
-"""How tests run: on the CPU, whatever is in the machine, each process on one thread; on the GPU with `--device cuda`."""
+"""How tests run: on the CPU, whatever the machine has, each process on one thread; with `--device cuda` on the GPU."""
 
 import os
 from pathlib import Path

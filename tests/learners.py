@@ -27,7 +27,6 @@ from fastai.vision.all import (
 from sklearn.datasets import load_digits
 from torch import nn
 
-
 scans = functools.cache(partial(load_digits, return_X_y=True))
 
 

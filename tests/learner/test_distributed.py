@@ -1,4 +1,4 @@
-"""Two processes that train one model, over gloo on the CPU: one set of weights, statistics of both batches, one line, one end."""
+"""Two processes train one model, over gloo: one set of weights, statistics of both batches, one line, one end."""
 
 import multiprocessing
 import socket
@@ -82,7 +82,7 @@ def assert_rows(rows, report, rel=1e-4):
             assert got[key] == pytest.approx(getattr(want, key), rel=rel, abs=rel), (got, want)
 
 
-# --- one set of weights, from the statistics of both ---------------------------------------------------------------------------------
+# --- one set of weights, from the statistics of both ------------------------------------------------------------------
 
 CASES = {
     "as it is": {},
@@ -98,7 +98,7 @@ CASES = {
 @pytest.mark.parametrize("given", [True, False], ids=["a batch each", "from the loaders"])
 @pytest.mark.parametrize("case", CASES)
 def test_as_one_process_on_the_joined_batch(both, case, given):
-    "Ranks begin with other weights and other data; both end where one process with rank 0's weights and all of the data does."
+    "Ranks begin with other weights and data; both end where one process with rank 0's weights and all the data does."
     options = CASES[case]
     a, b = both(script.train, given=given, **options)
     assert not same(a["own"], b["own"]) and not torch.equal(a["inputs"][0].mean(), b["inputs"][0].mean())
@@ -194,7 +194,7 @@ def test_rank_0_records(both, tmp_path):
     assert all(torch.equal(a["end"][n], b["end"][n]) for n in a["end"] if "running" not in n and "tracked" not in n)
 
 
-# --- one decision -------------------------------------------------------------------------------------------------------------------
+# --- one decision -----------------------------------------------------------------------------------------------------
 
 
 def test_both_decline_where_rank_0_was_loaded(both):
@@ -236,7 +236,7 @@ def test_fine_tuning_says_once_what_it_says(both):
     assert same(a["after"], b["after"])
 
 
-# --- one end ------------------------------------------------------------------------------------------------------------------------
+# --- one end ----------------------------------------------------------------------------------------------------------
 
 FAILURES = [
     ("data", "value", 1),
