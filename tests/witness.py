@@ -14,7 +14,7 @@ from torch import nn
 
 
 class Witness(Callback):
-    "For each batch of training (if `valid`, of validation, too) a dict: layer → mean, std, near-zero share of its calls."
+    "For each batch of training (if `valid`, of validation) a dict: layer → mean, std, near-zero share of its calls."
 
     order = 95  # after all that rewrites a batch
 
