@@ -3,6 +3,7 @@
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from matplotlib.image import imread
 
 from fastai_lsuv import demo
 from fastai_lsuv.demo import main
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_both_runs_are_shown_side_by_side(tmp_path, capsys, monkeypatch):
@@ -62,10 +65,10 @@ def test_a_wrong_argument_ends_it_at_once_in_one_line(args, says, capsys):
 
 def test_its_first_line_is_its_own(tmp_path):
     "Not what fastai and PyTorch say to each other as they are imported."
-    arguments = ["--depth", "3", "--width", "1", "--epochs", "1"]
+    arguments = ["--depth", "3", "--width", "1", "--epochs", "1", "--out", tmp_path / "x.png"]
     done = subprocess.run(
         [sys.executable, "-m", "fastai_lsuv", *arguments],
-        cwd=tmp_path,
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
