@@ -14,23 +14,32 @@ def pytest_addoption(parser):
         "--device",
         choices=("cpu", "cuda"),
         default="cpu",
-        help="cuda: the tests of the algorithm, the Learner and the recorder, and what only a GPU shows, on the GPU",
+        help="cuda: the tests of the algorithm, the Learner and the recorder, and of what only a GPU shows, on the GPU",
     )
 
 
 def pytest_configure(config):
     "Before PyTorch is imported, which reads these once; what tests start in processes of their own inherits them."
+    on_gpu = config.getoption("device") == "cuda"
     os.environ["OMP_NUM_THREADS"] = "1"  # the models are small, and there is a process for each core
-    if config.getoption("device") == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if on_gpu:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it the same training gives other bits each time
+        refuse_without_gpu()
     else:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it, trainings on a GPU aren't repeatable
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if config.getoption("dist", "no") == "no":  # a process that runs tests, not the one that deals them out
         config.pluginmanager.import_plugin("left_behind")
-        _tell_libraries(on_gpu=config.getoption("device") == "cuda")
+        tell_libraries(on_gpu)
 
 
-def _tell_libraries(on_gpu):
+def refuse_without_gpu():
+    import torch
+
+    if not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: PyTorch finds no NVIDIA GPU")
+
+
+def tell_libraries(on_gpu):
     import torch
     from fastai.torch_core import default_device
 
@@ -40,12 +49,11 @@ def _tell_libraries(on_gpu):
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("device") == "cuda":
-        chosen = [item for item in items if _room(item) in FOR_THE_GPU]
-        config.hook.pytest_deselected(items=[item for item in items if _room(item) not in FOR_THE_GPU])
-        items[:] = chosen
+        config.hook.pytest_deselected(items=[item for item in items if room(item) not in FOR_THE_GPU])
+        items[:] = [item for item in items if room(item) in FOR_THE_GPU]
 
 
-def _room(item):
+def room(item):
     "The folder or file of `tests` that a test is in."
     return item.path.relative_to(TESTS).parts[0] if item.path.is_relative_to(TESTS) else None
 
@@ -53,7 +61,7 @@ def _room(item):
 @pytest.fixture(autouse=True)
 def models_on_the_device(request):
     "The algorithm's tests make theirs there; a Learner brings its own."
-    if request.config.getoption("device") == "cuda" and _room(request.node) == "core":
+    if request.config.getoption("device") == "cuda" and room(request.node) == "core":
         import torch
 
         with torch.device("cuda"):
