@@ -70,12 +70,13 @@ def digits_dls(
     std, mean = torch.std_mean(x[train])
     block = DataBlock(
         blocks=(TransformBlock, CategoryBlock),
+        get_items=lambda images: list(zip(images, digits.tolist(), strict=True)),  # of a source fastai makes a string
         get_x=ItemGetter(0),
         get_y=ItemGetter(1),
         splitter=IndexSplitter(valid),
     )
     with no_random(seed):  # a fastai DataLoader seeds its shuffling from Python's `random`
-        return block.dataloaders(list(zip((x - mean) / std, digits.tolist(), strict=True)), bs=bs, num_workers=0)
+        return block.dataloaders((x - mean) / std, bs=bs, num_workers=0)
 
 
 def plain_cnn(

@@ -40,12 +40,13 @@ def digits(n=160, bs=32, item_tfms=None, batch_tfms=None, **kwargs):
     "Digits as fastai's images: everything that fastai does with a Learner works on them."
     block = DataBlock(
         (ImageBlock(PILImageBW), CategoryBlock),
+        get_items=items,  # (fastai makes a string of the source, whether it prints it or not)
         getters=[ItemGetter(0), ItemGetter(1)],
         splitter=IndexSplitter(range(n * 3 // 4, n)),
         item_tfms=item_tfms,
         batch_tfms=batch_tfms,
     )
-    return block.dataloaders(items(n), bs=bs, num_workers=kwargs.pop("num_workers", 0), **kwargs)
+    return block.dataloaders(n, bs=bs, num_workers=kwargs.pop("num_workers", 0), **kwargs)
 
 
 def small_cnn(norm=None, n_out=10):
