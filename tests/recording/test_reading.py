@@ -263,7 +263,7 @@ def drawn(o):
     return o.figure if isinstance(o, Axes) else next(iter(np.ravel(o))).figure
 
 
-@pytest.mark.parametrize("n", [5, 60])
+@pytest.mark.parametrize("n", [5, 30])
 @pytest.mark.parametrize("plot", PLOTS)
 def test_figures(plot, n, tmp_path):
     "Each names its axes, marks the epochs, fits on a screen, can be saved, and leaves pyplot and its settings alone."
@@ -284,7 +284,7 @@ def test_figures(plot, n, tmp_path):
         assert any(ax.get_xlabel() for ax in fig.axes) or fig.get_supxlabel(), "the horizontal axis has a name"
     assert "step" in words or "batch" in words or "record" in words or plot == "color_dim of one"
     for legend in [ax.get_legend() for ax in fig.axes if ax.get_legend()] + fig.legends:
-        assert len(legend.get_texts()) <= 12, "no legend of 60 colours"
+        assert len(legend.get_texts()) <= 12, "no legend of 30 colours"
 
 
 @pytest.mark.parametrize("plot", [*PLOTS][:3])
