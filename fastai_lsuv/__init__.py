@@ -39,6 +39,12 @@ The rooms, each built on those above it only:
     demo         digits, with and without
 """
 
+import sys
+import warnings
+
+if sys.argv[:1] == ["-m"] and __name__ in sys.orig_argv:  # `python -m fastai_lsuv`: the process is the demo's
+    warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # while fastai is imported
+
 from fastai_lsuv.callback import LSUVCallback
 from fastai_lsuv.core.lsuv import lsuv_
 from fastai_lsuv.recorder import ActivationStatsRecorder

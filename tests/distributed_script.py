@@ -1,4 +1,4 @@
-"""What each of two processes does in test_distributed.py: trains as `distrib_ctx` has it, on data of its own, and tells what it saw."""
+"""What each process does in test_distributed.py: train in `distrib_ctx` on data of its own, and tell what it saw."""
 
 from __future__ import annotations
 

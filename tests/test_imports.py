@@ -110,7 +110,8 @@ def test_importing_says_nothing_and_leaves_the_plotting_backend_alone():
 
 def test_nothing_but_fastai_and_torch_is_needed():
     extras = ("accelerate", "wandb", "tensorboard", "timm", "transformers", "pytest", "hypothesis", "accelerate.utils")
-    code = f"import sys; sys.modules.update(dict.fromkeys({extras})); import fastai_lsuv, fastai_lsuv.demo, fastai_lsuv.init"
+    packages = "fastai_lsuv, fastai_lsuv.demo, fastai_lsuv.init"
+    code = f"import sys; sys.modules.update(dict.fromkeys({extras})); import {packages}"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False
     )

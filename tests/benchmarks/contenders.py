@@ -1,4 +1,4 @@
-"""What is compared: models, a forward pass as LSUV makes it, `lsuv_`, the PyPI package `lsuv`, the fast.ai course's loop."""
+"""What is compared: models, a forward pass as LSUV makes it, `lsuv_`, the package `lsuv`, the fast.ai course's loop."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def build(name, small=False):
     return make(), torch.randn(few if small else shape)
 
 
-# --- one forward pass ----------------------------------------------------------------------------------------------------
+# --- one forward pass -------------------------------------------------------------------------------------------------
 
 
 def in_eval_mode(model):
@@ -63,7 +63,7 @@ def forward_pass(model, x):
         model(x)
 
 
-# --- ours ----------------------------------------------------------------------------------------------------------------
+# --- ours -------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -76,7 +76,7 @@ def correcting_pass(model, x) -> Iterator:
 whole = lsuv_
 
 
-# --- the others ----------------------------------------------------------------------------------------------------------
+# --- the others -------------------------------------------------------------------------------------------------------
 
 
 def package(model, x):

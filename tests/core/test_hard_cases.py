@@ -304,10 +304,10 @@ def test_no_load_hook_stays(how, trained):
         {"mean": True},
         {"std": True},
         {"exclude": 0},
-        {"modules": lambda m: None},
         {"exclude": ""},
+        {"modules": lambda m: None},
     ],
-    ids=str,
+    ids=lambda option: " ".join(option),
 )
 def test_odd_options(option):
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))

@@ -1,4 +1,4 @@
-"""Training sees the same batches with LSUV as without, to the bit, whatever loader gives them; and what the exceptions are."""
+"""Training sees the same batches with LSUV as without, to the bit, whatever loader; and what the exceptions are."""
 
 import itertools
 import random
@@ -59,7 +59,7 @@ def drawn():
     return random.random() + np.random.rand() + torch.rand(10)
 
 
-# --- loaders ----------------------------------------------------------------------------------------------------------------
+# --- loaders ----------------------------------------------------------------------------------------------------------
 
 
 def loaders(make, noise=drawn, valid=None):
@@ -304,7 +304,7 @@ CASES = {
 }
 
 
-# --- what training sees -----------------------------------------------------------------------------------------------------
+# --- what training sees -----------------------------------------------------------------------------------------------
 
 
 class Pooled(nn.Module):
@@ -393,7 +393,7 @@ def test_the_order_is_random_at_all(case):
     assert batches[: len(batches) // 2] != batches[len(batches) // 2 :]
 
 
-# --- the exceptions that the documentation names --------------------------------------------------------------------------------
+# --- the exceptions that the documentation names ----------------------------------------------------------------------
 
 
 def one_shot(n):

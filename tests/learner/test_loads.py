@@ -1,4 +1,4 @@
-"""DESIGN section 5: a network that shows that it was trained or loaded is left alone, a line says so; `lsuv_init` is the door."""
+"""DESIGN section 5: a network that was trained or loaded is left alone, a line says so; `lsuv_init` is the door."""
 
 import copy
 import pickle
@@ -195,7 +195,7 @@ def test_silent_when_asked(make, capsys):
     assert not lines(capsys)
 
 
-# --- and what shows nothing of the kind runs ----------------------------------------------------------------------------------
+# --- and what shows nothing of the kind runs --------------------------------------------------------------------------
 
 
 def zeroed(model):
@@ -267,7 +267,7 @@ def test_another_model_s_load_does_not_count(make):
     assert ran(learn)
 
 
-# --- learn.lsuv_init: always ----------------------------------------------------------------------------------------------------
+# --- learn.lsuv_init: always ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", [*TRAINED, *LOADED])

@@ -145,7 +145,7 @@ def allowed(r, row=None):
 
 
 def assert_near(records, report):
-    "Each layer within a few roundings, and most of them far nearer: casts of the weights as they were would be off by far."
+    "Each layer within a few roundings, most far nearer: casts of the weights as they were would be off by far."
     for r in records:
         row = report[r.name]
         assert row.status in ("corrected", "unchanged"), row
@@ -273,7 +273,7 @@ def test_blocks_and_shared_layers():
     assert_near(records, report)
 
 
-# --- the cache ------------------------------------------------------------------------------------------------------------
+# --- the cache --------------------------------------------------------------------------------------------------------
 
 
 class FirstStep(Callback):

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader as TorchLoader
 
 from fastai_lsuv import LSUVCallback, lsuv_
 
-# --- nothing on the model -------------------------------------------------------------------------------------------------------
+# --- nothing on the model ---------------------------------------------------------------------------------------------
 
 
 def images_as_rows(*layers):
@@ -80,7 +80,7 @@ def fitted(model, cbs=None, init=None, epochs=1, **kwargs):
 
 
 def skin(model):
-    "All that hangs on modules, parameters and buffers: names, kinds and how many hooks; of plain values the value itself."
+    "All that hangs on modules, parameters, buffers: names, kinds, numbers of hooks; of plain values the value itself."
     for name, m in model.named_modules(remove_duplicate=False):
         for key, value in vars(m).items():
             yield (
@@ -137,7 +137,7 @@ def test_nor_where_it_declined_or_was_never_reached():
 
 
 def reachable(root):
-    "All objects that `root` leads to, not through classes, modules of code and the globals of functions, which everyone shares."
+    "All objects that `root` leads to, not through what all share: classes, modules of code, globals of functions."
     seen, todo = {id(root): root}, [root]
     while todo:
         o = todo.pop()
@@ -169,7 +169,7 @@ def test_that_search_finds_what_is_there():
     assert [o for o in reachable(learn.model) if o is learn]
 
 
-# --- nothing in what is saved of it -----------------------------------------------------------------------------------------------
+# --- nothing in what is saved of it -----------------------------------------------------------------------------------
 
 
 class Keeper(Callback):
@@ -228,7 +228,7 @@ def test_an_export_holds_no_batch(cbs, tmp_path):
     assert abs(sizes[96] - sizes[8]) < 64
 
 
-# --- nothing in memory ------------------------------------------------------------------------------------------------------------
+# --- nothing in memory ------------------------------------------------------------------------------------------------
 
 
 def count(*kinds):
@@ -305,7 +305,7 @@ def test_a_dropped_learner_is_gone(how, nothing_left_behind):
 
 
 class Storages(TorchDispatchMode):
-    "The bytes of the tensors that operations made, `known` ones and views of them not counted: those alive, and most at a time."
+    "The bytes of the tensors that operations made, but for `known` ones and their views: those alive, most at a time."
 
     def __init__(self, known):
         super().__init__()

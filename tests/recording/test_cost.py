@@ -20,7 +20,7 @@ from fastai_lsuv import ActivationStatsRecorder
 ALL = dict(with_hist=True, with_grad=True)
 
 
-# --- nothing waits for the device --------------------------------------------------------------------------------------------------------------
+# --- nothing waits for the device -------------------------------------------------------------------------------------
 
 
 class NoLook(TorchDispatchMode):
@@ -111,7 +111,7 @@ def test_that_guard_guards():
             look(torch.tensor(1.0))
 
 
-# --- bounded memory ------------------------------------------------------------------------------------------------------------------------------
+# --- bounded memory ---------------------------------------------------------------------------------------------------
 
 
 class Weigh(Callback):
@@ -165,7 +165,7 @@ def test_the_default_keeps_100_layers_with_histograms_under_64_mb():
     assert max(weights) * default / 100 < 64 * 2**20, f"{max(weights) * default / 100 / 2**20:.0f} MB"
 
 
-# --- nothing kept alive ----------------------------------------------------------------------------------------------------------------------------
+# --- nothing kept alive -----------------------------------------------------------------------------------------------
 
 
 class Outputs(Callback):
