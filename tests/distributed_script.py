@@ -25,7 +25,7 @@ from fastai_lsuv import ActivationStatsRecorder, LSUVCallback, lsuv_
 
 
 def main(job, rank, port, folder, options):
-    "Run `job` as one of two ranks; result and output go to files in `folder`. (More threads than cores would spin, waiting.)"
+    "Run `job` as one of two ranks; result and output go to files in `folder`. (More threads than cores would spin.)"
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -56,7 +56,7 @@ def broadcast_on_the_cpu(self, t, rank):
     return t.tolist()
 
 
-# --- models -----------------------------------------------------------------------------------------------------------------
+# --- models -----------------------------------------------------------------------------------------------------------
 
 
 def conv(n_in, n_out, *more):
@@ -93,7 +93,7 @@ ERRORS = {
 }
 
 
-# --- data: other images on each rank --------------------------------------------------------------------------------------------
+# --- data: other images on each rank ----------------------------------------------------------------------------------
 
 
 class Images:
@@ -123,7 +123,7 @@ def own_batch(rank):
     return images(rank + 2, 24 - 8 * rank), torch.arange(24 - 8 * rank) % 10
 
 
-# --- what is seen ---------------------------------------------------------------------------------------------------------------
+# --- what is seen -----------------------------------------------------------------------------------------------------
 
 
 def state(model):
@@ -207,7 +207,7 @@ def lsuv_init(rank, models=("plain", "plain")):
 
 
 def fails(rank, where, kind, on=1):
-    "An error in the data, in the `where`-th pass of the model or in its batch, on rank `on` only; and then another try."
+    "An error in the data, in the `where`-th pass of the model or in its batch, on rank `on` only; then another try."
     error = ERRORS[kind]() if rank == on else None
     net = MODELS["plain"](Stumble(error, where if rank == on and isinstance(where, int) else 0))
     own = state(net)
@@ -266,7 +266,7 @@ def recorded(rank, folder):
 
 
 def alone(rank):
-    "When training together is over, rank 0 initialises another model by itself; rank 1 doesn't. (fastai's own `fit` would wait for it.)"
+    "When training together is over, rank 0 initialises another model by itself. (fastai's own `fit` would wait.)"
     learn = learner(rank, MODELS["plain"]())
     with together(learn):
         learn.fit(1)

@@ -114,7 +114,7 @@ def test_what_is_there_already_is_unchanged():
     assert row_values(again) == row_values(lsuv_(net, x))
 
 
-# --- per_channel --------------------------------------------------------------------------------------------------------
+# --- per_channel ------------------------------------------------------------------------------------------------------
 
 
 CHANNELS = [
@@ -167,7 +167,7 @@ def test_per_channel_with_a_dead_channel_stays_finite():
     assert net[0].weight.abs().max() < 1e3
 
 
-# --- modules and exclude ------------------------------------------------------------------------------------------------
+# --- modules and exclude ----------------------------------------------------------------------------------------------
 
 FORMS = {  # form: (modules, the units of `convnet` that it means)
     "a type": (nn.Conv2d, ["0", "2", "4"]),
@@ -248,7 +248,7 @@ def test_rows_are_in_the_order_of_execution():
     assert names(lsuv_(Backwards(), x, modules=["last", "first"])) == ["first", "last"]
 
 
-# --- init ---------------------------------------------------------------------------------------------------------------
+# --- init -------------------------------------------------------------------------------------------------------------
 
 
 def test_orthogonal_init_is_step_one_of_the_paper():

@@ -71,7 +71,7 @@ def assert_as_one_process(a, model, inputs, rel=1e-5, **options):
             assert got[key] == pytest.approx(getattr(want, key), rel=10 * rel, abs=10 * rel, nan_ok=True), (got, want)
 
 
-# --- rank 0's weights on rank 0's batch ---------------------------------------------------------------------------------------------
+# --- rank 0's weights on rank 0's batch -------------------------------------------------------------------------------
 
 CASES = {
     "as it is": {},
@@ -161,7 +161,7 @@ def test_rank_0_records(both, tmp_path):
     assert all(torch.equal(a["end"][n], b["end"][n]) for n in a["end"] if "running" not in n and "tracked" not in n)
 
 
-# --- one decision -------------------------------------------------------------------------------------------------------------------
+# --- one decision -----------------------------------------------------------------------------------------------------
 
 
 def test_both_decline_where_rank_0_was_loaded(both):
@@ -203,7 +203,7 @@ def test_fine_tuning_says_once_what_it_says(both):
     assert same(a["after"], b["after"])
 
 
-# --- one end ------------------------------------------------------------------------------------------------------------------------
+# --- one end ----------------------------------------------------------------------------------------------------------
 
 FAILURES = [
     ("data", "value", 1),

@@ -10,7 +10,7 @@ from learners import Spy, exact, learner, small_cnn
 
 from fastai_lsuv import LSUVCallback
 
-# --- rewriters, all to 7x + 3 -------------------------------------------------------------------------------------------
+# --- rewriters, all to 7x + 3 -----------------------------------------------------------------------------------------
 
 
 class Affine(Callback):

@@ -344,7 +344,7 @@ def test_a_diagnosis_is_not_an_initialisation(make):
     assert len([n for n in bits if bits[n] != spy.states[0][n]]) == len(bits)
 
 
-# --- watching for loads ---------------------------------------------------------------------------------------------------------
+# --- watching for loads -----------------------------------------------------------------------------------------------
 
 
 def hooks(model):
@@ -352,7 +352,7 @@ def hooks(model):
 
 
 def test_a_model_saved_before_the_first_fit_is_the_plain_one(make):
-    "Nothing of ours, nothing that needs fastcore, the user's own hooks as they are; and what loads into it is its own affair."
+    "Nothing of ours, nothing that needs fastcore, the user's own hooks as they are; what loads into it is its affair."
     plain, learn = make(), make(cbs=LSUVCallback())
     raw = pickle.dumps(learn.model)
     assert len(raw) == len(pickle.dumps(plain.model))

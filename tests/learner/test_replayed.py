@@ -242,7 +242,7 @@ def test_batches_made_beforehand_are_not_rewritten_once_more():
     assert seen[0] == seen[1]
 
 
-# --- what they do to the model, the loss and other objects of the Learner is done to copies --------------------------------------
+# --- what they do to the model, the loss and other objects of the Learner is done to copies ---------------------------
 
 
 class Scales(Affine):
@@ -298,7 +298,7 @@ def test_what_a_rewriter_does_to_the_model_the_optimizer_and_the_loss_is_not_don
     assert ends[0] == ends[1]
 
 
-# --- loggers and schedulers are not asked -------------------------------------------------------------------------------------
+# --- loggers and schedulers are not asked -----------------------------------------------------------------------------
 
 
 class Prints(Callback):

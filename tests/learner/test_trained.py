@@ -1,4 +1,4 @@
-"""DESIGN section 5: what a Learner has trained is never rewritten, and what was decided about a model belongs to that model."""
+"""DESIGN section 5: what a Learner has trained is never rewritten, and a decision belongs to the model it is about."""
 
 import copy
 import pickle
@@ -48,7 +48,7 @@ def runs_in_the_next_fit(learn, cbs=LSUVCallback, **kwargs):
     return ran(learn)
 
 
-# --- trained by this Learner -------------------------------------------------------------------------------------------------------
+# --- trained by this Learner ------------------------------------------------------------------------------------------
 
 OPTIMIZERS = {
     "Adam": Adam,
@@ -172,7 +172,7 @@ def test_the_sign_is_named(make, capsys):
         said.append(line)
 
 
-# --- no training -------------------------------------------------------------------------------------------------------------------
+# --- no training ------------------------------------------------------------------------------------------------------
 
 
 def validated(learn):
@@ -232,7 +232,7 @@ def test_initialised_by_hand_after_the_callback_came(make):
     assert runs_in_the_next_fit(learn, cbs=None)
 
 
-# --- decisions belong to a model ---------------------------------------------------------------------------------------------------
+# --- decisions belong to a model --------------------------------------------------------------------------------------
 
 
 def load(learn):
@@ -371,7 +371,7 @@ def test_a_refusal_outlives_the_callback_that_saw_the_load(make):
     assert not runs_in_the_next_fit(learn)
 
 
-# --- no report ---------------------------------------------------------------------------------------------------------------------
+# --- no report --------------------------------------------------------------------------------------------------------
 
 NO_REPORT = {
     "no callback": (lambda learn: None, r"fit with LSUVCallback\(\), or call learn.lsuv_init\(\)"),
@@ -401,7 +401,7 @@ def test_other_attributes_are_asked_of_the_model_as_ever(make):
         learn.lsuv_report  # noqa: B018
 
 
-# --- learn.lsuv_init ---------------------------------------------------------------------------------------------------------------
+# --- learn.lsuv_init --------------------------------------------------------------------------------------------------
 
 
 def test_the_callback_s_options_and_batch_are_the_defaults_of_lsuv_init(make):
