@@ -81,6 +81,7 @@ class _Copier:
         try:
             return self._leads_to_copies(o) if kind in (FunctionType, MethodType, weakref.ref) else self._part(o)
         except Exception:
+            self.memo[id(o)] = o  # in place of what may be half made
             return o
 
     def _part(self, o: Any) -> Any:
@@ -155,6 +156,7 @@ def _set_state(new: Any, state: Any) -> None:
         new.__setstate__(state)
         return
     attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
-    vars(new).update(attributes or {})
+    if attributes:
+        vars(new).update(attributes)
     for name, value in (slots or {}).items():
         setattr(new, name, value)
