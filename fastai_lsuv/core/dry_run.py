@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastai_lsuv.core.affine import get_bias, set_bias
 from fastai_lsuv.core.copies import Memo, copied
 from fastai_lsuv.core.errors import name_module_at_work
-from fastai_lsuv.core.hooks import PreHook, eagerly, hooked
+from fastai_lsuv.core.hooks import PreHook, eagerly
 from fastai_lsuv.core.modules import is_scripted, named_modules, open_modules, plain
 from fastai_lsuv.core.random_state import RandomState, kept_random_state
 from fastai_lsuv.core.statistics import on_host
@@ -52,14 +52,11 @@ class DryRun:
         self._random.restore()
         with _as_in_training():
             copy, before = self._fresh_copy(), before or {}
-            given = {module: _Given() for module in before}
             for module in {**before, **after}:
-                _Watched(self._copies[module], module, before.get(module), after.get(module), given.get(module))
-            pre_hooks = {self._copies[module]: hook for module, hook in given.items()} | _norm_hooks(copy)
+                _Watched(self._copies[module], module, before.get(module), after.get(module))
             args, kwargs = copied(self.call)
             try:
-                with hooked({}, pre_hooks):
-                    copy(*args, **kwargs)
+                copy(*args, **kwargs)
             except BaseException as error:
                 name_module_at_work(error, {self._copies[m]: name for m, name in self.names.items()})
                 raise
@@ -166,16 +163,16 @@ class _Given:
 class _Watched:
     """What a watched copy has for its forward: it reports each call, also one of `module.forward(…)` itself."""
 
-    def __init__(
-        self, copy: nn.Module, module: nn.Module, before: Before | None, after: After | None, given: _Given | None
-    ) -> None:
+    def __init__(self, copy: nn.Module, module: nn.Module, before: Before | None, after: After | None) -> None:
         self.forward: Any = copy.forward
-        self.module, self.before, self.after, self.given = module, before, after, given
+        self.module, self.before, self.after, self.given = module, before, after, _Given()
         update_wrapper(self, copy.forward)
         vars(copy)["forward"] = self
+        if before is not None:
+            _prepend(copy, self.given)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.before is not None and self.given is not None:
+        if self.before is not None:
             self.before(self.module, self.given.call or (args, kwargs))
             self.given.call = None
         output = self.forward(*args, **kwargs)
@@ -189,6 +186,13 @@ class _Watched:
         """A copy of a watched module isn't watched."""
         is_method = isinstance(self.forward, MethodType)
         return MethodType(self.forward.__func__, memo[id(self.forward.__self__)]) if is_method else self.forward
+
+
+def _prepend(copy: nn.Module, hook: PreHook) -> None:
+    """Hang a pre-hook on a copy, ahead of all others; it needs no handle, as it goes with the copy."""
+    copy._forward_pre_hooks[id(hook)] = hook
+    copy._forward_pre_hooks.move_to_end(id(hook), last=False)  # type: ignore[attr-defined]
+    copy._forward_pre_hooks_with_kwargs[id(hook)] = True
 
 
 @contextmanager
@@ -215,15 +219,12 @@ def _set_mode(copy: nn.Module) -> None:
     copy.eval()
     for norm in norms:
         norm.training = True
+        if not is_scripted(norm):
+            _prepend(norm, _one_value_a_channel_uses_running_statistics)
 
 
 def _running_statistics(module: nn.Module) -> set[str]:
     return {"running_mean", "running_var"} & dict(module.named_buffers(recurse=False)).keys()
-
-
-def _norm_hooks(copy: nn.Module) -> dict[nn.Module, PreHook]:
-    norms = [m for m in open_modules(copy) if m.training and _running_statistics(m)]
-    return dict.fromkeys(norms, _one_value_a_channel_uses_running_statistics)
 
 
 def _one_value_a_channel_uses_running_statistics(
