@@ -15,7 +15,7 @@ from fastcore.meta import delegates
 from fastai_lsuv.core.lsuv import lsuv_, run
 from fastai_lsuv.core.options import Options
 from fastai_lsuv.learner.distributed import Ranks, Together
-from fastai_lsuv.learner.first_batch import as_fed
+from fastai_lsuv.learner.first_batch import UnknownInputs, as_fed
 from fastai_lsuv.learner.guards import LoadWatch, copied, signs_of_training
 from fastai_lsuv.learner.loop import came_through_fit
 from fastai_lsuv.report import LSUVReport, few
@@ -98,8 +98,12 @@ class LSUVCallback(Callback):
             elif sign := ranks.first("whether it is fresh", self._sign(learn)):
                 self._say_once(f"LSUV: not run, because {sign}; learn.lsuv_init() would do it all the same")
             else:
-                self.report = _initialise(learn, self.batch, self.options, ranks, begun=self.order)
-                self._say(self.report.summary())
+                try:
+                    self.report = _initialise(learn, self.batch, self.options, ranks, begun=self.order)
+                except UnknownInputs as error:  # whatever is wrong, training can do without LSUV
+                    self._say_once(f"LSUV: not run, because {error}")
+                else:
+                    self._say(self.report.summary())
 
     def _sign(self, learn: Learner) -> str | None:
         """What says that the network isn't fresh; once said, it holds for good."""
@@ -176,8 +180,8 @@ def _initialise(
     learn: Learner, batch: Any, options: dict[str, Any], ranks: Ranks, begun: float = -math.inf
 ) -> LSUVReport:
     checked = Options(**options)
-    with as_fed(learn, batch, begun, ranks) as inputs:
-        report = run(learn.model, inputs, checked, ranks)
+    with as_fed(learn, batch, begun) as (args, kwargs):
+        report = run(learn.model, kwargs or args, checked, ranks)
     if not checked.only_measures:  # a diagnosis is no initialisation
         learn.lsuv_report = report
     return report
