@@ -15,9 +15,10 @@ from fastcore.meta import delegates
 from fastai_lsuv.core.lsuv import lsuv_, run
 from fastai_lsuv.core.options import Options
 from fastai_lsuv.learner.distributed import Ranks, Together
-from fastai_lsuv.learner.first_batch import UnknownInputs, as_fed
+from fastai_lsuv.learner.first_batch import as_fed
 from fastai_lsuv.learner.guards import LoadWatch, copied, signs_of_training
 from fastai_lsuv.learner.loop import came_through_fit
+from fastai_lsuv.learner.pilot import UnknownInputs
 from fastai_lsuv.report import LSUVReport, few
 
 

@@ -27,7 +27,8 @@ def copied(original: T, memo: Memo | None = None) -> T:
 
     As `copy.deepcopy` makes it, with these differences. What can't be copied (a lock, an open file) is shared, and so
     are data sets and Learners. Tensors come detached from their graph. Functions and weak references that lead to
-    modules of the model, or to what `memo` was given with, lead to the copies. A module that is compiled or spread over devices is copied as a plain one.
+    modules of the model, or to what is in `memo`, lead to the copies. A module that is compiled or spread over devices
+    is copied as a plain one.
 
     `memo` has copies that exist already, by the `id` of the original, and gets all others.
 

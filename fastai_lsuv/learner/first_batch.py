@@ -7,21 +7,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fastai.data.load import DataLoader
+import numpy as np
 from fastai.torch_core import get_random_states, set_random_states
-from torch.utils.data import DataLoader as TorchDataLoader
+from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from fastai_lsuv.core.errors import add_to_message
 from fastai_lsuv.learner.loaders import loader_copy
-from fastai_lsuv.learner.pilot import Call, first_call
+from fastai_lsuv.learner.pilot import LOADERS, Call, UnknownInputs, first_call
 
 if TYPE_CHECKING:
     from fastai.learner import Learner
-
-
-class UnknownInputs(RuntimeError):
-    """How training calls the model couldn't be found out, and it can't be called with what the DataLoader gives."""
 
 
 @contextmanager
@@ -37,7 +33,7 @@ def as_fed(
 
     Raises:
         ValueError: the Learner has no DataLoaders, or that for training no batch.
-        TypeError: `batch` is no tuple or list.
+        TypeError: `batch` is only an input, or DataLoaders.
         UnknownInputs: the block fails with inputs that may not be those of training.
     """
     with _kept_random_states(), ExitStack() as stack:
@@ -53,8 +49,8 @@ def as_fed(
 
 
 def _checked(batch: Any) -> Any:
-    if not isinstance(batch, (tuple, list)):
-        raise TypeError(f"batch is a {type(batch).__name__}: expected a tuple as the DataLoaders give it, (xb, yb)")
+    if isinstance(batch, (*LOADERS, Tensor, np.ndarray)):
+        raise TypeError(f"batch is a {type(batch).__name__}: expected one batch as the DataLoaders give it, (xb, yb)")
     return batch
 
 
@@ -99,9 +95,7 @@ def _first_of(dl: Iterable[Any]) -> Any:
 
 def _workers_of(dl: Any) -> dict[str, Any]:
     """Where a loader keeps what concerns its workers. (PyTorch's forbids to set these once it is made.)"""
-    if isinstance(dl, (DataLoader, TorchDataLoader)):
-        return vars(getattr(dl, "fake_l", dl))
-    return {}
+    return vars(getattr(dl, "fake_l", dl)) if isinstance(dl, LOADERS) else {}
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from random import Random
-from types import FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader as TorchDataLoader
 
 Memo = dict[int, Any]  # the copy of each object, by the object's id
 
-_SHARED = (type, FunctionType, ModuleType, nn.Module, Learner)
+_SHARED = (type, ModuleType, nn.Module, Learner)
 # Where classes are written whose objects are at work in the background, or read their file when first looked at.
 _ALIVE = ("PIL.", "asyncio.", "concurrent.", "multiprocessing.", "queue.", "tempfile.", "threading.")
 _RANDOM = (Random, np.random.Generator, np.random.RandomState, torch.Generator)
@@ -48,21 +48,12 @@ def _new(o: Any, memo: Memo) -> Any:
         return o
     if isinstance(o, _RANDOM):
         return copy.deepcopy(o)
-    if isinstance(o, (dict, list, set, deque)):
+    if isinstance(o, (dict, list, set, deque)) or kind is tuple:
         return _container(o, memo)
-    if kind is tuple:
-        return tuple(loader_copy(v, memo) for v in o) if len(o) <= _MANY else o
-    if kind is MethodType:
-        return MethodType(o.__func__, loader_copy(o.__self__, memo))
-    if kind is partial:
-        args, keywords = loader_copy(o.args, memo), loader_copy(o.keywords, memo)
-        return partial(loader_copy(o.func, memo), *args, **keywords)
+    if kind in (FunctionType, MethodType, partial):
+        return _function(o, memo)
     if isinstance(o, Iterator) and kind.__module__ in ("builtins", "itertools"):
-        make, args, *state = o.__reduce__()
-        new = make(*loader_copy(args, memo))
-        if state and state[0] is not None:
-            new.__setstate__(loader_copy(state[0], memo))
-        return new
+        return _iterator(o, memo)
     return _object(o, memo) if hasattr(o, "__dict__") and not _is_alive(kind) else o
 
 
@@ -70,14 +61,40 @@ def _container(o: Any, memo: Memo) -> Any:
     new = memo[id(o)] = copy.copy(o)
     if len(o) > _MANY:
         return new
+    if isinstance(o, tuple):
+        del memo[id(o)]
+        return tuple(loader_copy(value, memo) for value in o)
     if isinstance(o, dict):
         for key, value in o.items():
             dict.__setitem__(new, key, _attribute(value, memo))
-    elif isinstance(o, list):
-        new[:] = [loader_copy(value, memo) for value in o]
-    elif isinstance(o, deque):
+    elif not isinstance(o, set):
+        values = [loader_copy(value, memo) for value in o]
         new.clear()
-        new.extend(loader_copy(value, memo) for value in o)
+        new.extend(values)
+    return new
+
+
+def _function(o: Any, memo: Memo) -> Any:
+    """A function that leads to the copies of what the given one leads to."""
+    if isinstance(o, partial):
+        args, keywords = loader_copy(o.args, memo), loader_copy(o.keywords, memo)
+        return partial(loader_copy(o.func, memo), *args, **keywords)
+    if isinstance(o, MethodType):
+        return MethodType(o.__func__, loader_copy(o.__self__, memo))
+    before = [cell.cell_contents for cell in o.__closure__ or ()]
+    after = [loader_copy(value, memo) for value in before]
+    if all(new is old for new, old in zip(after, before, strict=True)):
+        return o
+    new = FunctionType(o.__code__, o.__globals__, o.__name__, o.__defaults__, tuple(map(CellType, after)))
+    new.__kwdefaults__ = o.__kwdefaults__
+    return new
+
+
+def _iterator(o: Any, memo: Memo) -> Any:
+    recipe: Any = o.__reduce__()
+    new = recipe[0](*loader_copy(recipe[1], memo))
+    for state in recipe[2:]:
+        new.__setstate__(loader_copy(state, memo))
     return new
 
 

@@ -25,17 +25,17 @@ from fastai_lsuv.learner.loaders import Memo, loader_copy
 if TYPE_CHECKING:
     from fastai.learner import Learner
 
-    Base = Learner
-else:
-    Base = object
-
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a forward
 Setting = contextlib.AbstractContextManager[Any]
 
 # Where callbacks are written that watch, schedule or distribute, and change nothing about the call.
 _WATCHERS = ("fastai.callback.hook.", "fastai.callback.progress.", "fastai.callback.schedule.",
              "fastai.callback.wandb.", "fastai.distributed.", "fastai.learner.Recorder.", "fastai_lsuv.")  # fmt: skip
-_LOADERS = (DataLoader, DataLoaders, TorchDataLoader)
+LOADERS = (DataLoader, DataLoaders, TorchDataLoader)
+
+
+class UnknownInputs(RuntimeError):
+    """How training calls the model couldn't be found out, and it can't be called with what the DataLoader gives."""
 
 
 class Fed(NamedTuple):
@@ -66,7 +66,7 @@ def first_call(
         doubt = f"the inputs are taken {inputs}, because {trial.problem}"
         warnings.warn(f"LSUV: {doubt}", stacklevel=2)
         if culprit is None:
-            return Fed(_raw_call(learn, batch), list(autocasts(learn)), doubt)
+            return Fed(_raw_call(learn, batch, doubt), list(autocasts(learn)), doubt)
         callbacks.remove(culprit)
 
 
@@ -80,7 +80,9 @@ def _takes_part(cb: Callback, begun: float) -> bool:
     return acts or not vars(cb).keys().isdisjoint(events)
 
 
-def _raw_call(learn: Learner, batch: Any) -> Call:
+def _raw_call(learn: Learner, batch: Any, doubt: str) -> Call:
+    if not isinstance(batch, (tuple, list)):
+        raise UnknownInputs(doubt)
     n_inp = getattr(learn.dls, "n_inp", max(len(batch) - 1, 1))
     return tuple(copied(learn._set_device(batch))[:n_inp]), {}
 
@@ -95,6 +97,7 @@ class _Trial:
     def __init__(self, learn: Learner, callbacks: Iterable[Callback], begun: float) -> None:
         self.learn, self.callbacks, self.begun = learn, callbacks, begun
         self.memo: Memo = {}  # the copies
+        self.original_of: dict[int, Callback] = {}
         self.events = 0  # at work
         self.culprit: Callback | None = None  # whose failure is the problem
         self.problem = f"{type(learn).__name__} doesn't call its model"
@@ -125,7 +128,7 @@ class _Trial:
         """Give the pilot one batch, and copies of the callbacks; of all else it makes copies when asked."""
         learn, loaders = self.learn, Memo()
         self.memo[id(learn)] = pilot
-        dls = loader_copy(learn.dls or DataLoaders([], []), loaders)
+        dls = loader_copy(DataLoaders([], []) if learn.dls is None else learn.dls, loaders)
         given = [[copied(batch)], *([] for _ in dls.loaders[1:])]
         dls.loaders = [_Giving(dl, batches) for dl, batches in zip(dls.loaders, given, strict=True)]
         if learn.dls is not None:
@@ -133,9 +136,10 @@ class _Trial:
             self.memo |= {id(dl): new for dl, new in zip(learn.dls.loaders, dls.loaders, strict=True)}
         vars(pilot).update(_trial=self, dls=dls, cbs=L())
         for cb in self.callbacks:
-            self.memo |= {id(v): loader_copy(v, loaders) for v in vars(cb).values() if isinstance(v, _LOADERS)}
+            self.memo |= {id(v): loader_copy(v, loaders) for v in vars(cb).values() if isinstance(v, LOADERS)}
             with self.responsible(cb, "__deepcopy__"):
-                pilot.cbs.append(self.copy(cb))
+                pilot.cbs.append(new := self.copy(cb))
+                self.original_of[id(new)] = cb
         for name in vars(learn).keys() & set(dir(type(learn))):  # methods that have been given to this Learner
             vars(pilot)[name] = self.copy(vars(learn)[name])
 
@@ -154,7 +158,7 @@ class _Trial:
         return new
 
     @contextlib.contextmanager
-    def responsible(self, cb: Callback, event: str) -> Iterator[None]:
+    def responsible(self, cb: Callback | None, event: str) -> Iterator[None]:
         """What fails in the block is the problem of this callback, and no call of the model is the loop's."""
         self.events += 1
         try:
@@ -207,25 +211,23 @@ def _no_trace() -> Iterator[None]:
             yield
 
 
-class _Pilot(Base):
+class _Pilot:
     """What a pilot has of its own; all else is that of the Learner's class, and copies of what the Learner has."""
-
-    _trial: _Trial
 
     def __getattr__(self, name: str) -> Any:
         trial = vars(self)["_trial"]
         if name not in vars(trial.learn):
-            return super().__getattr__(name)
-        value = vars(self)[name] = trial.copy(vars(trial.learn)[name])
+            return super().__getattr__(name)  # type: ignore[misc]
+        value = self.__dict__[name] = trial.copy(vars(trial.learn)[name])
         if name == "opt" and value is None:  # as at the beginning of each fit
             self.create_opt()
         return vars(self)[name]
 
     def _call_one(self, event_name: str) -> None:
-        trial = self._trial
-        for cb, original in sorted(zip(self.cbs, trial.callbacks, strict=True), key=lambda pair: pair[0].order):
+        trial = vars(self)["_trial"]
+        for cb in self.cbs.sorted("order"):
             if event_name != "before_fit" or cb.order >= trial.begun:
-                with trial.responsible(original, event_name):
+                with trial.responsible(trial.original_of.get(id(cb)), event_name):
                     cb(event_name)
 
 
