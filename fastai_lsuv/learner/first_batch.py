@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,14 +80,20 @@ def _first_of(dl: Iterable[Any]) -> Any:
     """
     own = loader_copy(dl)
     workers = _workers_of(own)
-    many = workers.get("num_workers", 0) > 0
-    if not (many and isinstance(getattr(own, "dataset", None), IterableDataset)):
-        workers.update(num_workers=0, persistent_workers=False, prefetch_factor=None, timeout=0)
-        try:
-            return next(iter(own), None)
-        except Exception:
-            if not many:
-                raise
+    if workers.get("num_workers", 0) == 0:
+        return next(iter(own), None)
+    if isinstance(getattr(own, "dataset", None), IterableDataset):
+        return _first_of_workers(dl)
+    workers.update(num_workers=0, persistent_workers=False, prefetch_factor=None, timeout=0)
+    try:
+        return next(iter(own), None)
+    except Exception as error:
+        with suppress(Exception):
+            return _first_of_workers(dl)
+        raise error from None
+
+
+def _first_of_workers(dl: Iterable[Any]) -> Any:
     own = loader_copy(dl)
     _workers_of(own).update(persistent_workers=False)
     return next(iter(own), None)
