@@ -45,7 +45,7 @@ def as_fed(
         except Exception as error:
             if fed.doubt is None:
                 raise
-            raise UnknownInputs(f"{fed.doubt}, and the model fails with them: {error}") from error
+            raise UnknownInputs(f"{fed.doubt}: {str(error).partition(chr(10))[0]}") from error
 
 
 def _checked(batch: Any) -> Any:

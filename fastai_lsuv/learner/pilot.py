@@ -43,7 +43,7 @@ class Fed(NamedTuple):
 
     call: Call
     settings: list[Setting]  # in force then
-    doubt: str | None = None  # why it may be called otherwise
+    doubt: str | None = None  # what is wrong if it can't be called so
 
 
 def first_call(
@@ -63,8 +63,8 @@ def first_call(
             return fed._replace(doubt=doubt)
         culprit = trial.culprit
         inputs = "as the DataLoader gives them" if culprit is None else f"as they are without {type(culprit).__name__}"
-        doubt = f"the inputs are taken {inputs}, because {trial.problem}"
-        warnings.warn(f"LSUV: {doubt}", stacklevel=2)
+        warnings.warn(f"LSUV: the inputs are taken {inputs}, because {trial.problem}", stacklevel=2)
+        doubt = f"{trial.problem}, and the model can't be called with the inputs {inputs}"
         if culprit is None:
             return Fed(_raw_call(learn, batch, doubt), list(autocasts(learn)), doubt)
         callbacks.remove(culprit)

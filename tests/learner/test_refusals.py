@@ -9,7 +9,7 @@ from fastai.callback.mixup import MixUp
 from fastai.vision.all import CancelBatchException
 from feeds import loaders, pixels
 from learners import Spy, exact, learner, ran, small_cnn
-from test_replayed import Affine, plain
+from test_pilot_traces import Affine, plain
 
 from fastai_lsuv import LSUVCallback
 
