@@ -18,8 +18,10 @@ _IMMUTABLE = frozenset({
     int, float, complex, str, bytes, bool, type(None), type, CodeType, ModuleType, BuiltinFunctionType,
     torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format,
 })  # fmt: skip
-# Where classes are written whose objects a model may refer to, but which are no part of it: data, and who trains it.
-_NO_PARTS = ("torch.utils.data.", "fastai.data.", "fastai.learner.Learner.")
+# Where classes are written whose objects a model may refer to, but which are no part of it: data, who trains it, and
+# what other threads and processes wait at.
+_NO_PARTS = ("torch.utils.data.", "fastai.data.", "fastai.learner.Learner.",
+             "threading.", "queue.", "multiprocessing.", "concurrent.", "asyncio.")  # fmt: skip
 
 
 def copied(original: T, memo: Memo | None = None) -> T:
@@ -92,6 +94,8 @@ class _Copier:
     def _part(self, o: Any) -> Any:
         if isinstance(o, Tensor):
             return _tensor(o)
+        if hasattr(type(o), "__del__"):
+            return o  # the end of a copy would be taken for that of the original: a file would be closed
         is_part = not any(f"{b.__module__}.{b.__qualname__}.".startswith(_NO_PARTS) for b in type(o).__mro__)
         return self._by_protocol(o) if is_part else o
 

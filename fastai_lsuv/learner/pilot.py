@@ -153,8 +153,10 @@ class _Trial:
         new = copied(original, self.memo)
         shared = [o for key, o in self.memo.items() if key not in known and id(o) == key]
         taken = [o for o in shared if isinstance(o, Iterator) and not isinstance(o, io.IOBase)]
-        if taken or (new is original and isinstance(original, Callback)):
-            raise TypeError(f"can't copy {next(iter(taken), original)!r}")
+        if isinstance(original, Callback) and new is original:
+            taken = [original]
+        if taken and not isinstance(original, nn.Module):
+            raise TypeError(f"can't copy {taken[0]!r}")
         return new
 
     @contextlib.contextmanager
@@ -215,8 +217,8 @@ class _Pilot:
     """What a pilot has of its own; all else is that of the Learner's class, and copies of what the Learner has."""
 
     def __getattr__(self, name: str) -> Any:
-        trial = vars(self)["_trial"]
-        if name not in vars(trial.learn):
+        trial = vars(self).get("_trial")  # gone when the fit is over
+        if trial is None or name not in vars(trial.learn):
             return super().__getattr__(name)  # type: ignore[misc]
         value = self.__dict__[name] = trial.copy(vars(trial.learn)[name])
         if name == "opt" and value is None:  # as at the beginning of each fit

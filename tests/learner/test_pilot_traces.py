@@ -1,7 +1,12 @@
 """Callbacks and Learners after a pilot fit are as if there had been none."""
 
+import gc
+import os
+import queue
 import random
 import re
+import tempfile
+import threading
 import warnings
 from functools import partial
 
@@ -375,3 +380,54 @@ def test_settings_for_all_are_set_back(recwarn):
     with pytest.warns(UserWarning, match="Settings.before_batch failed on trial"):
         learn.lsuv_init()
     assert (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), list(warnings.filters)) == before
+
+
+class Closes(Affine):
+    "Closes its file when it goes."
+
+    def __init__(self, path):
+        self.file = path.open("a")
+
+    def before_batch(self):
+        super().before_batch()
+        self.file.write("x")
+
+    def __del__(self):
+        self.file.close()
+
+
+class Queued(Affine):
+    "Hands what it sees to a thread, and waits for the answer."
+
+    def __init__(self, path):
+        self.asked, self.told = queue.Queue(1), queue.Queue(1)
+        threading.Thread(target=self.answer, args=(self.asked, self.told), daemon=True).start()
+
+    @staticmethod
+    def answer(asked, told):
+        while (x := asked.get()) is not None:
+            told.put(x * 7 + 3)
+
+    def before_batch(self):
+        self.asked.put(self.x)
+        self.learn.xb = (self.told.get(timeout=20),)
+
+
+class Temporary(Affine):
+    "Has a file that is deleted with what opened it."
+
+    def __init__(self, path):
+        self.file = tempfile.NamedTemporaryFile(dir=path.parent)  # noqa: SIM115
+
+    def before_batch(self):
+        super().before_batch()
+        assert os.path.exists(self.file.name)
+
+
+@pytest.mark.parametrize("make", [Closes, Queued, Temporary])
+@pytest.mark.filterwarnings("ignore:LSUV")
+def test_what_a_copy_shares_outlives_it(make, tmp_path):
+    learn = learner(loaders(), small_cnn(), cbs=make(tmp_path / "log"))
+    learn.lsuv_init()
+    gc.collect()
+    learn.fit(1)
