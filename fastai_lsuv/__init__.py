@@ -26,9 +26,10 @@ The rooms, each built on those above it only:
     lsuv         observe, correct, observe: `lsuv_`
     loop         which part of fastai's training loop is at work
     evidence     signs that a network has been trained
-    effects      what a callback will do to a batch, as its code says
-    replay       what other callbacks make of a batch, found out on copies
-    batch        one batch from a Learner, without a trace
+    loaders      a copy of a DataLoader, from which a batch can be taken
+    autocast     the autocast in which training calls the model
+    pilot        how training calls the model, found out by a fit of copies
+    first_batch  one batch from a Learner, without a trace
     callback     when it runs in fastai: `LSUVCallback`, `learn.lsuv_init`
     sampling     what a sample of a tensor shows
     capture      samples of what layers put out in one pass
