@@ -27,7 +27,7 @@ The rooms, each built on those above it only:
     loop         which part of fastai's training loop is at work
     evidence     signs that a network has been trained
     loaders      a copy of a DataLoader, from which a batch can be taken
-    autocast     the autocast in which training calls the model
+    settings     what is in force when training calls the model
     pilot        how training calls the model, found out by a fit of copies
     first_batch  one batch from a Learner, without a trace
     callback     when it runs in fastai: `LSUVCallback`, `learn.lsuv_init`

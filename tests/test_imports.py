@@ -36,7 +36,7 @@ ORDER = [
     "learner.loop",
     "learner.guards",
     "learner.loaders",
-    "learner.autocast",
+    "learner.settings",
     "learner.pilot",
     "learner.first_batch",
     "callback",

@@ -6,7 +6,7 @@ import contextlib
 import io
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils.data import DataLoader as TorchDataLoader
 
 from fastai_lsuv.core.copies import copied
-from fastai_lsuv.learner.autocast import autocasts, own_autocast
 from fastai_lsuv.learner.loaders import Memo, loader_copy
+from fastai_lsuv.learner.settings import autocasts, own_autocast, switches
 
 if TYPE_CHECKING:
     from fastai.learner import Learner
@@ -87,8 +87,8 @@ def _raw_call(learn: Learner, batch: Any, doubt: str) -> Call:
     return tuple(copied(learn._set_device(batch))[:n_inp]), {}
 
 
-class _Reached(BaseException):
-    """Ends a pilot fit at the call of the model; no `except Exception` on the way holds it up."""
+class _Ended(BaseException):
+    """Ends a pilot fit at the call of the model, or with the batch; no `except Exception` on the way holds it up."""
 
 
 class _Trial:
@@ -112,7 +112,7 @@ class _Trial:
                 self._prepare(pilot, batch)
                 handles += [pilot.model.register_forward_pre_hook(self._stop, prepend=True, with_kwargs=True)]
                 pilot._with_events(pilot._do_fit, "fit", CancelFitException)
-        except _Reached:
+        except _Ended:
             pass
         except Exception as error:
             if self.culprit is None:
@@ -174,34 +174,8 @@ class _Trial:
     def _stop(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of the model: end the fit, unless it is a callback that asks the model something."""
         if self.events == 0:
-            self.fed = Fed((args, kwargs), [_attributes_set(self._differences()), *autocasts(self.learn)])
-            raise _Reached
-
-    def _differences(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """The attributes of each module, and those among them that are others on the copy: modes and switches."""
-        pairs = [(vars(m), vars(self.memo[id(m)])) for m in self.learn.model.modules() if self._is_copied(m)]
-        return [(old, {key: value for key, value in new.items() if _is_another(key, value, old)}) for old, new in pairs]
-
-    def _is_copied(self, module: nn.Module) -> bool:
-        return type(self.memo.get(id(module))) is type(module)
-
-
-def _is_another(name: str, value: Any, attributes: Mapping[str, Any]) -> bool:
-    is_switch = name in attributes and not name.startswith("_") and type(value) in (bool, int, float, str)
-    return is_switch and bool(value != attributes[name])
-
-
-@contextlib.contextmanager
-def _attributes_set(changes: list[tuple[dict[str, Any], dict[str, Any]]]) -> Iterator[None]:
-    """Objects, given by their attributes, have others in the block."""
-    before = [(attributes, {name: attributes[name] for name in new}) for attributes, new in changes]
-    try:
-        for attributes, new in changes:
-            attributes.update(new)
-        yield
-    finally:
-        for attributes, old in before:
-            attributes.update(old)
+            self.fed = Fed((args, kwargs), [switches(self.learn.model, self.memo), *autocasts(self.learn)])
+            raise _Ended
 
 
 @contextlib.contextmanager
@@ -234,13 +208,15 @@ class _Pilot:
 
 
 class _Giving:
-    """Looks like a DataLoader, and gives these batches."""
+    """Looks like a DataLoader, and gives these batches; a pilot fit ends with them."""
 
     def __init__(self, dl: Any, batches: list[Any]) -> None:
         self.dl, self.batches = dl, batches
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.batches)
+        yield from self.batches
+        if self.batches:
+            raise _Ended
 
     def __len__(self) -> int:
         return len(self.dl)
