@@ -12,9 +12,9 @@ Two stories of the same shape, and what they are built on; imports run downwards
     plots/       frames in, figures out
     init         initialisers for very deep networks
 
-In core/, from `lsuv` down: `lsuv_` discovers the layers in a first pass (`discovery`, `probe`), corrects each as it runs
-in a second (`correction`: `exact` in one step; `blocks` and `shared` layers `iterated`), and measures in a third. All
-passes are dry runs (`dry_run`) of copies of the model (`copies`).
+In core/, from `lsuv` down: `lsuv_` discovers the layers in a first pass (`discovery`, `probe`), corrects each as it
+runs in a second (`correction`: `exact` in one step; `blocks` and `shared` layers `iterated`), and measures in a third.
+All passes are dry runs (`dry_run`) of copies of the model (`copies`).
 """
 
 import sys

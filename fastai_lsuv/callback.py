@@ -12,7 +12,8 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
-from fastai_lsuv.core.lsuv import as_call, lsuv_, run
+from fastai_lsuv.core.errors import CannotRun
+from fastai_lsuv.core.lsuv import lsuv_, run
 from fastai_lsuv.core.options import Options
 from fastai_lsuv.learner.distributed import group_of
 from fastai_lsuv.learner.first_batch import as_fed
@@ -93,8 +94,11 @@ class LSUVCallback(Callback):
         group = group_of(learn)
         decision = group.first(lambda: decision_on(learn) or judge(learn))
         if decision is None:
-            self.report = _initialise(learn, self.batch, self.options, begun=self.order)
-            line = self.report.summary()
+            try:
+                self.report = _initialise(learn, self.batch, self.options, begun=self.order)
+                line = self.report.summary()
+            except CannotRun as error:  # training can do without LSUV
+                line = f"LSUV: not run, because {error}"
         else:
             keep(learn, decision)
             line = "" if decision.told else _what_to_tell(learn, decision)
@@ -167,7 +171,7 @@ def lsuv_init(
 def _initialise(learn: Learner, batch: Any, options: dict[str, Any], begun: float = -math.inf) -> LSUVReport:
     checked = Options(**options)
     report = group_of(learn).initialise(
-        learn.model, as_fed(learn, batch, begun), lambda call: run(learn.model, as_call(call), checked)
+        learn.model, as_fed(learn, batch, begun), lambda call: run(learn.model, call, checked, as_it_stands=True)
     )
     if not checked.only_measures:  # a diagnosis is no initialisation
         keep(learn, Decision(report))

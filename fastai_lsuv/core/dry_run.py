@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import update_wrapper
 from types import MethodType
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastai_lsuv.core.affine import get_bias, set_bias
 from fastai_lsuv.core.copies import Memo, copied
-from fastai_lsuv.core.errors import name_module_at_work
+from fastai_lsuv.core.errors import CannotRun, name_module_at_work
 from fastai_lsuv.core.hooks import PreHook, eagerly
 from fastai_lsuv.core.modules import is_scripted, named_modules, open_modules, plain
 from fastai_lsuv.core.random_state import RandomState, kept_random_state
@@ -33,8 +33,10 @@ class DryRun:
     `hand_over` gives them to the model. They are tensors of our own, here called the *working* weights.
     """
 
-    def __init__(self, model: nn.Module, call: Call) -> None:
+    def __init__(self, model: nn.Module, call: Call, as_it_stands: bool = False) -> None:
+        """`as_it_stands`: its modules are in the modes in which training calls them."""
         self.model, self.call = plain(model), call
+        frozen = [m for m in self.model.modules() if not m.training] if as_it_stands and model.training else []
         self.names = {module: name for name, module in named_modules(self.model)}
         self.n_forward = 0  # passes of the whole model so far
         self._random = RandomState()
@@ -44,6 +46,7 @@ class DryRun:
         self._kept: set[Tensor] = set()  # working weights that have been given values of their own
         self.biases: dict[nn.Module, Any] = {}  # what blocks that expose a bias are to have in passes, and in the end
         self._copies: dict[nn.Module, nn.Module] = {}  # of all modules, in the pass at hand
+        self._frozen = frozen  # modules that are in evaluation in training, too
 
     # passes
 
@@ -96,12 +99,15 @@ class DryRun:
         """A copy of the model in the mode of training without dropout, on the working weights."""
         if stale := [w for w in self._original if w not in self._kept]:
             torch._foreach_copy_(stale, [self._original[w] for w in stale])  # a forward may have written to them
-        copy = copied(self.model, {id(p): w for p, w in self._working.items()})
+        try:
+            copy = copied(self.model, {id(p): w for p, w in self._working.items()})
+        except Exception as error:
+            raise CannotRun(f"{type(self.model).__name__} can't be copied: {error}") from error
         in_copy = dict(named_modules(copy))
         self._copies = {module: in_copy[name] for module, name in self.names.items() if name in in_copy}
         for module, bias in self.biases.items():
             set_bias(self._copies[module], bias)
-        _set_mode(copy)
+        _set_mode(copy, [self._copies[m] for m in self._frozen if m in self._copies])
         return copy
 
     def _working_memo(self) -> Memo:
@@ -209,13 +215,13 @@ def _as_in_training() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
-def _set_mode(copy: nn.Module) -> None:
+def _set_mode(copy: nn.Module, frozen: Collection[nn.Module]) -> None:
     """Evaluation, but for modules with running statistics that will use the batch's in training.
 
     A model that freezes its norms does so in a `train` of its own.
     """
     copy.train()
-    norms = [m for m in copy.modules() if m.training and _running_statistics(m)]
+    norms = [m for m in copy.modules() if m.training and m not in frozen and _running_statistics(m)]
     copy.eval()
     for norm in norms:
         norm.training = True

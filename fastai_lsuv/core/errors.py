@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from torch import nn
 
 
+class CannotRun(RuntimeError):
+    """LSUV can't do its work here, though training may do its own: its message is a reason, in one line."""
+
+
 def name_module_at_work(error: BaseException, names: Mapping[nn.Module, str]) -> None:
     """Add the innermost of the named modules in the error's traceback to its message."""
     at_work, step = None, error.__traceback__

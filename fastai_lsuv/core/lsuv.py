@@ -72,12 +72,12 @@ def lsuv_(
     return run(model, as_call(batch), options)
 
 
-def run(model: nn.Module, call: Call, options: Options) -> LSUVReport:
-    """`lsuv_` on the arguments of a forward."""
+def run(model: nn.Module, call: Call, options: Options, as_it_stands: bool = False) -> LSUVReport:
+    """`lsuv_` on the arguments of a forward; of a model that is `as_it_stands` when training calls it."""
     started = time.perf_counter()
     _check(model, call)
     with kept_random_state():
-        dry_run = DryRun(model, call)
+        dry_run = DryRun(model, call, as_it_stands)
         layers = discover(dry_run, options)
         if options.residual and not options.only_measures:
             _bound_branches(dry_run, layers, options)
