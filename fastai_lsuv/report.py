@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from statistics import median
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import pandas as pd
 
@@ -17,6 +17,8 @@ from fastai_lsuv.plots.layers import plot_report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from fastai_lsuv.learner.guards import Decision
 
 STATUSES = ("corrected", "unchanged", "skipped", "not_converged")
 _MEAN_KEPT = {Note.NO_BIAS.value, Note.ONE_SIGN.value}
@@ -69,6 +71,8 @@ class LSUVReport(Sequence[Row]):
         >>> figure = report.plot()
     """
 
+    _decision: Decision | None = None  # that the model has had LSUV, where a Learner keeps the report
+
     def __init__(
         self,
         rows: Sequence[Row],  # one a unit, in execution order
@@ -78,6 +82,9 @@ class LSUVReport(Sequence[Row]):
         std: float | None = 1.0,  # wanted standard deviation
     ) -> None:
         self.rows, self.n_forward, self.seconds, self.mean, self.std = tuple(rows), n_forward, seconds, mean, std
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_decision"}
 
     def __len__(self) -> int:
         return len(self.rows)
