@@ -89,7 +89,7 @@ class Correction:
         self.steps[layer] = step
         if layer.runs_again:  # how the weight acts on its other outputs (which experts a router chose) nobody knows
             snapshot, call = self.snapshots.pop(layer.module)
-            with self.dry_run.replay(snapshot) as run:
+            with self.dry_run.replay(layer.module, snapshot) as run:
                 return run(call)
         return _with_first(output, y, scaled(layer, y, step))
 

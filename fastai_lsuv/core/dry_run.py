@@ -83,14 +83,20 @@ class DryRun:
         return snapshot
 
     @contextmanager
-    def replay(self, snapshot: nn.Module) -> Iterator[Run]:
+    def replay(self, module: nn.Module, snapshot: nn.Module) -> Iterator[Run]:
         """Run one module again, in the middle of a pass: each time as in the snapshot, from the same random state."""
         now = RandomState()
 
         def run(call: Call) -> Any:
             args, kwargs = copied(call)
             now.restore()
-            return copied(snapshot, self._working_memo())(*args, **kwargs)
+            copy = copied(snapshot, self._working_memo())
+            try:
+                return copy(*args, **kwargs)
+            except Exception as error:
+                prefix = self.names[module]
+                name_module_at_work(error, {m: f"{prefix}.{name}".strip(".") for name, m in named_modules(copy)})
+                raise
 
         with kept_random_state():
             yield run
