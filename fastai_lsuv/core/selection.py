@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from fastai_lsuv.core.modules import is_scripted, named_modules, open_modules, plain
+
 Choice: TypeAlias = (
     type | tuple[type, ...] | str | nn.Module | Sequence[str] | Sequence[nn.Module]
     | Callable[[nn.Module], Iterable[nn.Module]] | None
@@ -40,16 +42,6 @@ def is_known_affine(module: nn.Module) -> bool:
         and own.get("weight") is not None
         and "bias" in own
     )
-
-
-def is_scripted(module: nn.Module) -> bool:
-    """Whether TorchScript runs the module: no hook of it fires, and its insides are out of Python's reach."""
-    return isinstance(module, torch.jit.ScriptModule)
-
-
-def open_modules(root: nn.Module) -> list[nn.Module]:
-    """All modules but scripted ones."""
-    return [m for m in root.modules() if not is_scripted(m)]
 
 
 def _computes_as(module: nn.Module, base: type[nn.Module]) -> bool:
@@ -84,7 +76,7 @@ def chosen(model: nn.Module, choice: Choice, option: str = "modules") -> list[nn
         TypeError: not one of the forms.
     """
     if isinstance(choice, type) or (isinstance(choice, tuple) and _all_are(choice, type)):
-        found = [m for m in model.modules() if isinstance(m, choice)]
+        found = [m for _, m in named_modules(model) if isinstance(m, choice)]
     elif isinstance(choice, str):
         found = _matching(model, choice, option)
     elif isinstance(choice, nn.Module):
@@ -154,8 +146,8 @@ def is_pattern(name: str) -> bool:
 
 
 def with_descendants(modules: Iterable[nn.Module]) -> set[nn.Module]:
-    """The modules and everything beneath them."""
-    return {inner for module in modules for inner in module.modules()}
+    """Return the modules and everything beneath them."""
+    return {inner for module in modules for _, inner in named_modules(module)}
 
 
 def _called(choice: Callable[[nn.Module], Iterable[nn.Module]], model: nn.Module, option: str) -> list[nn.Module]:
@@ -174,7 +166,7 @@ def _show(choice: Choice) -> str:
 
 
 def _matching(model: nn.Module, pattern: str, option: str) -> list[nn.Module]:
-    named = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
+    named = {name: m for name, m in named_modules(model, every_name=True) if name}
     if not is_pattern(pattern):
         found = [named[pattern]] if pattern in named else []
     else:
@@ -187,10 +179,10 @@ def _matching(model: nn.Module, pattern: str, option: str) -> list[nn.Module]:
 
 
 def _contained(model: nn.Module, modules: Sequence[object], option: str) -> list[nn.Module]:
-    inside = set(model.modules())
+    inside = {m for _, m in named_modules(model)}
     for module in modules:
         if not isinstance(module, nn.Module):
             raise TypeError(f"{option}: expected modules, got {module!r}")
-        if module not in inside:
+        if plain(module) not in inside:
             raise ValueError(f"{option}: {module!r} is not a part of this {type(model).__name__}")
-    return list(modules)  # type: ignore[arg-type]
+    return [plain(module) for module in modules]  # type: ignore[arg-type]

@@ -59,12 +59,14 @@ class History:
 
     def add_layers(self, names: Sequence[str], types: Sequence[str]) -> list[int]:
         """Make room for layers; returns the place of each in a record's values, the old one of a known name."""
-        for name, kind in zip(names, types, strict=True):
-            if name not in self.names:
-                self.names.append(name)
-                self.types.append(kind)
+        known = dict(zip(self.names, self.types, strict=True)) | dict(zip(names, types, strict=True))
+        self.names, self.types = [*known], [*known.values()]
         self._running, self._latest = (_padded(table, len(self.names)) for table in (self._running, self._latest))
         return [self.names.index(name) for name in names]
+
+    def start_over(self) -> None:
+        """Another model is judged by its own records only."""
+        self._running, self._latest = (np.full_like(table, np.nan) for table in (self._running, self._latest))
 
     def placed(self, values: Floats, places: Sequence[int]) -> Floats:
         """Values of some layers in their places among all."""

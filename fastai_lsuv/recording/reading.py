@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastai_lsuv.plots.curves import plot_layer, plot_stats
 from fastai_lsuv.plots.maps import plot_dead, plot_hist, plot_hists
+from fastai_lsuv.recording.description import HIST_RANGE
 from fastai_lsuv.recording.history import Floats, History
-from fastai_lsuv.recording.sampling import HIST_RANGE
 
 
 class Reading:

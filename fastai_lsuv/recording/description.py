@@ -1,0 +1,107 @@
+"""What samples show of the tensors from which they were taken: of all at once, in operations that don't wait."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastai_lsuv.recording.layout import CHUNK, Layout
+
+FEATURES = ("mean", "std", "near_zero", "sparsity", "at_limit", "signal")  # see `describe`
+HIST_BINS, HIST_RANGE = 40, (0.0, 10.0)  # as in fastai's `ActivationStats`: `histc(40, 0, 10)`
+_SPARSE = 0.05  # of the std: nearer to 0 than this is nothing beside the rest
+_LIMIT = 0.05  # of the range of sizes: nearer to its upper end than this is at the limit
+_MANY = 100  # of fewer values some are always near their limit
+
+
+def describe(
+    buffer: Tensor,  # of samples
+    layout: Layout,
+    near_zero: float = 0.05,  # |x| up to it counts as near zero
+    with_hist: bool = False,  # with a histogram, whose counts are scaled up to all values
+) -> Tensor:
+    """What the samples show: (layers, features), with the columns of `FEATURES`, then those of a histogram.
+
+    `mean` and (unbiased) `std`; `near_zero`, the share of |x| <= near_zero; `sparsity`, the share that is nearly zero
+    beside the std, whatever the scale; `at_limit`, the share of sizes near the largest: of a saturated tanh nearly all,
+    of a saturated sigmoid half; `signal`, the part of the std that differs from one half of the batch to the other, 0
+    to about 1 (NaN of an odd batch). Several samples of a layer count as one; NaN for a layer that has none.
+    """
+    values = buffer.view(-1)
+    size = values.index_select(0, layout.fewer.view(-1)).view(layout.fewer.shape).abs_()
+    low, high = size.aminmax(dim=1, keepdim=True)
+    mean, std = _moments(buffer, layout, high)
+    at_limit = ((size >= high - _LIMIT * (high - low)) * layout.fewer_weights).sum(1)
+    sparsity = ((size <= _SPARSE * std.nan_to_num(0.0)[:, None]) * layout.fewer_weights).sum(1)
+    few = values.index_select(0, layout.few)
+    near = _of_each((few.abs() <= near_zero).view(-1, CHUNK).sum(1), layout.few_table) / layout.few_counts
+    many = layout.counts >= _MANY
+    features = torch.stack([mean, std, near, sparsity, at_limit * many, _signal(values, layout) / std], 1)
+    if with_hist:
+        features = torch.cat([features, _histogram(few, layout)], 1)
+    return _of_layers(features, layout)
+
+
+def describe_moments(buffer: Tensor, layout: Layout) -> Tensor:
+    """Mean and std only: (layers, 2)."""
+    size = buffer.view(-1).index_select(0, layout.fewer.view(-1)).view(layout.fewer.shape).abs_()
+    return _of_layers(torch.stack(_moments(buffer, layout, size.amax(dim=1, keepdim=True)), 1), layout)
+
+
+def _of_each(of_rows: Tensor, table: Tensor) -> Tensor:
+    """Sums of rows of the buffer over each sample's own; there is none behind the last."""
+    return torch.nn.functional.pad(of_rows, (0, 1)).index_select(0, table.view(-1)).view(table.shape).sum(1)
+
+
+def _moments(buffer: Tensor, layout: Layout, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased std of each sample; `high`, (samples, 1), tells the order of size of its values."""
+    scale = torch.where((high > 0) & high.isfinite(), high, 1.0)  # squares of tiny and huge values are no float32
+    mean = _of_each(buffer.sum(1), layout.row_table) / layout.counts
+    of_rows = torch.cat([mean[:, None], 1 / scale], 1).index_select(0, layout.sample_of_row)
+    centred = (buffer - of_rows[:, :1]).mul_(of_rows[:, 1:])
+    centred.view(-1).index_fill_(0, layout.padding, 0.0)
+    squares = _of_each(torch.linalg.vector_norm(centred, dim=1).square_(), layout.row_table)
+    std = (squares / (layout.counts - 1)).sqrt_() * scale[:, 0]  # of one value 0 / 0: NaN
+    return mean, std
+
+
+def _signal(values: Tensor, layout: Layout) -> Tensor:
+    """How far the halves of the batch differ in the same places, as a std."""
+    first, second = (values.index_select(0, places.view(-1)).view(places.shape) for places in layout.pairs)
+    return torch.linalg.vector_norm(first - second, dim=1) / (2 * layout.pair_counts).sqrt()
+
+
+def _histogram(few: Tensor, layout: Layout) -> Tensor:
+    """`histc(HIST_BINS, *HIST_RANGE)` of each sample, scaled up to all values; the end of the range is outside.
+
+    By arithmetic alone, for all samples at once: `histc` takes several times as long.
+    """
+    low, high = HIST_RANGE
+    width, samples = HIST_BINS + 2, len(layout.spots)
+    place = ((few - low) * (HIST_BINS / (high - low)) + 1).clamp_(0, width - 1)  # 0: below, width - 1: above
+    place = place.long().clamp_(min=0).view(-1, CHUNK)  # NaN, as a whole number, is far below
+    bins = place.add_(width * layout.sample_of_few[:, None]).view(-1)
+    counts = few.new_zeros(samples * width).scatter_add_(0, bins, few.new_ones(()).expand(len(bins)))
+    of_all = layout.sample_sizes / layout.few_counts
+    return counts.view(samples, width)[:, 1:-1] * of_all[:, None]
+
+
+def _of_layers(samples: Tensor, layout: Layout) -> Tensor:
+    """(layers, features) from (samples, features); NaN for a layer without one."""
+    with_nan = torch.nn.functional.pad(samples, (0, 0, 0, 1), value=math.nan)
+    rows = with_nan.index_select(0, layout.layer_table.view(-1)).view(*layout.layer_table.shape, -1)
+    return rows[:, 0] if layout.is_one_to_one else _pooled(rows, layout.sizes[:, :, None])
+
+
+def _pooled(rows: Tensor, sizes: Tensor) -> Tensor:
+    """Several samples together: mean and std as over all their values, shares by size, counts added up."""
+    there, total = sizes > 0, sizes.sum(1)
+    rows = rows.where(there, 0.0)
+    pooled = (rows * sizes).sum(1) / total
+    deviations = (rows[:, :, :1] - pooled[:, None, :1]).square_() * sizes  # between the samples, and within each
+    deviations += torch.where(sizes > 1, rows[:, :, 1:2].square() * (sizes - 1), 0.0)
+    pooled[:, 1:2] = (deviations.sum(1) / (total - 1)).sqrt_()
+    pooled[:, len(FEATURES) :] = rows[:, :, len(FEATURES) :].sum(1) / (total > 0)
+    return pooled
