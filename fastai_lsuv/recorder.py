@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from weakref import ref
 
 from fastai.callback.core import Callback
@@ -15,9 +15,10 @@ from torch import nn
 from fastai_lsuv.core.modules import plain
 from fastai_lsuv.core.selection import Choice
 from fastai_lsuv.learner.loop import at_end_of_next_stage, came_through_fit, phase_of_batch
+from fastai_lsuv.recording.budget import Budget, Clock, DeviceClock
 from fastai_lsuv.recording.capture import Capture, columns
-from fastai_lsuv.recording.history import History, Record
-from fastai_lsuv.recording.layers import recorded_layers
+from fastai_lsuv.recording.history import History, Layer, Record
+from fastai_lsuv.recording.layers import is_known, recorded_layers
 from fastai_lsuv.recording.logs import CSVLog, logs_to_wandb, to_tensorboard, to_wandb
 from fastai_lsuv.recording.reading import Reading
 from fastai_lsuv.recording.session import Session, Where
@@ -68,7 +69,7 @@ class ActivationStatsRecorder(Reading, Callback):
         self,
         modules: Choice = None,  # any modules, as for `lsuv_`; `None`: leaves with parameters, and activations
         exclude: Choice = None,  # the same forms: these, and everything beneath them, are left out
-        every: int = 1,  # each n-th training batch (and validation batch) is recorded
+        every: int | Literal["auto"] = 1,  # each n-th batch of training (and validation); "auto": at 2 % of the time
         with_hist: bool = False,  # histograms, too: `sampling.HIST_BINS` bins over `HIST_RANGE`
         with_grad: bool = False,  # mean and std of the gradient of each output, loss scaling taken out
         valid: bool = False,  # validation batches, too
@@ -105,9 +106,9 @@ class ActivationStatsRecorder(Reading, Callback):
         model = plain(learn.model)
         if self._model is not None and self._model() is not model:
             self._history.start_over()
-        places = self._history.add_layers([*layers], [type(m).__name__ for m in layers.values()])
-        capture = Capture([*layers.values()], self.with_grad)
-        self._model, self._session = ref(model), Session(self._fits, self._steps, [*layers], places, capture)
+        places = self._history.add_layers({n: Layer(type(m).__name__, is_known(m)) for n, m in layers.items()})
+        capture, budget = Capture([*layers.values()], self.with_grad), Budget(_clock_of(model))
+        self._model, self._session = ref(model), Session(self._fits, self._steps, [*layers], places, capture, budget)
         self._fits += 1
         at_end_of_next_stage(learn, self._look_away)
 
@@ -119,9 +120,15 @@ class ActivationStatsRecorder(Reading, Callback):
         if (phase := phase_of_batch(self.learn)) is None:
             return
         self._end_batch()  # another callback may have cut the last one short, or the epoch with it
-        is_due = (self._steps if self.training else self.iter) % self.every == 0
+        is_due = self._is_due(self._session.budget)
         self._session.begin(Where(self._session.fit, self.epoch, self._steps, phase), is_due)
         self.order = -math.inf
+
+    def _is_due(self, budget: Budget) -> bool:
+        """Whether the batch is one of those to be recorded."""
+        if self.every == "auto":
+            return budget.begin_step(self.iter == 0) if self.training else self.iter % budget.every == 0
+        return bool((self._steps if self.training else self.iter) % self.every == 0)
 
     def _look_away(self) -> None:
         """What runs from here on may be other callbacks' doing, or a forward pass that is made again."""
@@ -147,6 +154,7 @@ class ActivationStatsRecorder(Reading, Callback):
     def after_batch(self) -> None:
         """Compute what the samples show."""
         if self._session is not None and phase_of_batch(self.learn) is not None:
+            self._session.n_batches += 1
             self._end_batch()
 
     def after_epoch(self) -> None:
@@ -211,8 +219,14 @@ class ActivationStatsRecorder(Reading, Callback):
         return super().__getstate__() | {"_session": None, "_model": None}
 
 
+def _clock_of(model: nn.Module) -> Clock:
+    """What tells how long its steps take."""
+    on_cuda = any(p.is_cuda for p in model.parameters())
+    return DeviceClock() if on_cuda else Clock()
+
+
 def _check(every: Any, near_zero: Any, max_records: Any) -> None:
-    for name, value in (("every", every), ("max_records", max_records)):
+    for name, value in (("every", 1 if every == "auto" else every), ("max_records", max_records)):
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name}={value!r}: expected a whole number")
         if value < 1:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from fastai_lsuv.core.dry_run import Rehearsal
 from fastai_lsuv.core.hooks import hooked
 from fastai_lsuv.core.layers import Unit, exposed_shift, mark_frozen, mark_starved, mark_tied
+from fastai_lsuv.core.modules import is_scripted, open_modules
 from fastai_lsuv.core.options import Options
 from fastai_lsuv.core.probe import Carriers, find_carriers, first_tensor, known_carriers, small_noise
 from fastai_lsuv.core.selection import (
@@ -25,9 +26,7 @@ from fastai_lsuv.core.selection import (
     excluded,
     is_known_affine,
     is_pattern,
-    is_scripted,
     names_in,
-    open_modules,
 )
 from fastai_lsuv.core.statistics import Moments, fetched, moments
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from fastai_lsuv.core.errors import name_module_at_work
 from fastai_lsuv.core.hooks import eagerly
-from fastai_lsuv.core.selection import is_scripted, open_modules
+from fastai_lsuv.core.modules import is_scripted, open_modules
 from fastai_lsuv.learner.distributed import Ranks
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a forward

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from fastai_lsuv.core.modules import is_scripted, named_modules, open_modules, plain
+from fastai_lsuv.core.modules import named_modules, open_modules, plain
 
 Choice: TypeAlias = (
     type | tuple[type, ...] | str | nn.Module | Sequence[str] | Sequence[nn.Module]

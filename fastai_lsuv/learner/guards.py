@@ -12,7 +12,7 @@ from fastai.learner import SkipToEpoch
 from fastcore.basics import noop
 from torch import nn
 
-from fastai_lsuv.core.selection import open_modules
+from fastai_lsuv.core.modules import open_modules
 
 if TYPE_CHECKING:
     from fastai.learner import Learner

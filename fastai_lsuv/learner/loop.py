@@ -10,6 +10,7 @@ from typing import Any
 
 from fastai.learner import Learner
 
+
 def came_through_fit(learn: Learner) -> bool:
     """Whether the event at hand was fired by `learn.fit`.
 

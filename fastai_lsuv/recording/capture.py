@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from fastai_lsuv.core.hooks import eagerly
 from fastai_lsuv.core.probe import first_tensor
 from fastai_lsuv.recording.description import FEATURES, HIST_BINS, describe, describe_moments
-from fastai_lsuv.recording.sampling import is_recordable
 from fastai_lsuv.recording.samples import Samples
 
 
 class Capture:
     """Samples of the outputs of some layers, and of the gradients of these, step by step.
 
-    Hooks hang from `watch()` to `stop()` only, ahead of all others, so that they see a layer's own output. What can't be
-    recorded is left out from then on.
+    Hooks hang from `watch()` to `stop()` only, ahead of all others, so that they see the layer's own output. What
+    cannot be recorded is left out from then on.
     """
 
     def __init__(self, layers: Sequence[nn.Module], with_grad: bool = False) -> None:
@@ -60,31 +59,28 @@ class Capture:
 
     def _see(self, i: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         try:
-            self._take(i, output)
+            y = output if type(output) is Tensor else first_tensor(output)
+            if y is None or not y.is_floating_point():
+                return
+            _take(self.outputs, i, y)
+            if self.with_grad and y.requires_grad:
+                y.register_hook(partial(self._see_gradient, i))
         except Exception as error:  # an output of a kind that nobody has thought of must not end a training
             self.failed[i] = f"{type(error).__name__}: {error}"
 
-    def _take(self, i: int, output: Any) -> None:
-        y = output if type(output) is Tensor and output.is_floating_point() else first_tensor(output)
-        if y is None or not is_recordable(y):
-            return
-        _take(self.outputs, i, y)
-        if self.with_grad and y.requires_grad:
-            y.register_hook(partial(self._take_gradient, i))
-
-    def _take_gradient(self, i: int, gradient: Tensor) -> None:
+    def _see_gradient(self, i: int, gradient: Tensor) -> None:
         try:
             _take(self.gradients, i, gradient)
         except Exception as error:
             self.failed[i] = f"{type(error).__name__}: {error}"
 
 
+def _take(samples: Samples, i: int, x: Tensor) -> None:
+    """Without a graph, and without a say of fastai's types of tensors in each operation."""
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        samples.take(i, x)
+
+
 def columns(with_hist: bool, with_grad: bool) -> list[str]:
     """Names of the columns of `Capture.statistics`; all of a histogram have the name `hist`."""
     return [*FEATURES, *["hist"] * (HIST_BINS * with_hist), *["grad_mean", "grad_std"][: 2 * with_grad]]
-
-
-def _take(samples: Samples, i: int, x: Tensor) -> None:
-    """Fastai's types of tensors would have a say in each operation."""
-    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-        samples.take(i, x)

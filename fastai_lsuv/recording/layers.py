@@ -31,7 +31,12 @@ def layers_by_default(model: nn.Module) -> list[nn.Module]:
     """
     inside = {m for layer in open_modules(model) if is_parametrized(layer) for m in layer.parametrizations.modules()}  # type: ignore[union-attr]
     leaves = [m for m in open_modules(model) if m not in inside and _is_leaf(m)]
-    return [m for m in leaves if has_parameters(m) or _home(m) in (_ACTIVATIONS, _MODULE)]
+    return [m for m in leaves if is_known(m) or _home(m) == _MODULE]
+
+
+def is_known(module: nn.Module) -> bool:
+    """True if a module has parameters or is one of PyTorch's activations, so that it makes what it puts out."""
+    return has_parameters(module) or _home(module) == _ACTIVATIONS
 
 
 def _is_leaf(module: nn.Module) -> bool:

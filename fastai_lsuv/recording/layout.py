@@ -13,6 +13,7 @@ from torch import Tensor
 from fastai_lsuv.recording.sampling import FEW, FEWER, Spots, distance
 
 CHUNK = 256  # values in a row of the buffer; each sample has whole rows of its own
+_MANY = 100  # of fewer values some are always near their limit
 Indices = npt.NDArray[np.int64]
 
 
@@ -79,9 +80,9 @@ class Layout:
 
     @cached_property
     def few(self) -> Tensor:
-        """Places of about `FEW` values of each sample, in rows of `CHUNK`; filled up with places of NaN."""
+        """Places of about `FEW` values of each sample, in rows of `CHUNK`, and one row more; the rest are of NaN."""
         nan = (self.rows + 1) * CHUNK
-        return self._there(np.concatenate([_padded(few, CHUNK, nan) for few in self._few]))
+        return self._there(np.concatenate([*(_padded(few, nan) for few in self._few), np.full(CHUNK, nan)]))
 
     @cached_property
     def few_counts(self) -> Tensor:
@@ -90,54 +91,53 @@ class Layout:
 
     @cached_property
     def few_table(self) -> Tensor:
-        """(samples, most rows): the rows of `few` that belong to each; filled up with one behind the last."""
+        """(samples, most rows): the rows of `few` that belong to each; filled up with its last, of NaN only."""
         return self._there(_filled_up(self._few_rows, self._few_rows[-1][-1] + 1))
 
     @cached_property
     def sample_of_few(self) -> Tensor:
         """For each row of `few` the sample to which it belongs."""
-        return self._there(np.concatenate([np.full(len(rows), i) for i, rows in enumerate(self._few_rows)]))
+        return self._there(np.concatenate([*(np.full(len(rows), i) for i, rows in enumerate(self._few_rows)), [0]]))
 
     @cached_property
     def fewer(self) -> Tensor:
         """(samples, about `FEWER`): places of values of each; those of small samples come several times."""
         taken = [few[:: distance(s.n, len(few) / FEWER)] for few, s in zip(self._few, self.spots, strict=True)]
         width = max(map(len, taken))
-        self._fewer_counts = np.array([len(t) for t in taken])
-        return self._there(np.stack([np.resize(t, width) for t in taken]))
+        return self._there(np.stack([np.resize(places, width) for places in taken]))
 
     @cached_property
-    def fewer_weights(self) -> Tensor:
-        """What each of these counts: a place that has come before nothing, and those of a sample 1 together."""
-        width, counts = self.fewer.shape[1], self._fewer_counts[:, None]
-        return self._there(((np.arange(width) < counts) / counts).astype(np.float32))
+    def are_many(self) -> Tensor:
+        """Whether a sample has so many values that not some of them are always near their limit."""
+        return self._there((self.n_values >= _MANY).astype(np.float32))
 
     @cached_property
-    def pairs(self) -> tuple[Tensor, Tensor]:
-        """Places of values in the first half of the batch, and of their counterparts in the second."""
-        found = [_half(s) + start for s, start in zip(self.spots, self.starts, strict=True)]
-        width = max(1, *map(len, found)) if found else 1
-        nothing = self.rows * CHUNK
-        first = np.stack([_padded(f, width, nothing)[:width] for f in found])
-        of_half = np.array([s.size[1] for s in self.spots])[:, None]
-        return self._there(first), self._there(np.where(first == nothing, nothing, first + of_half))
+    def first_half(self) -> Tensor:
+        """(samples, about `FEWER`): places of values in the first half of the batch; then places of zeros."""
+        return self._there(_filled_up([places for places, _ in self._pairs], self.rows * CHUNK))
 
     @cached_property
-    def pair_counts(self) -> Tensor:
-        """How many pairs these are."""
-        return self._there(np.array([len(_half(s)) for s in self.spots], np.float32))
+    def second_half(self) -> Tensor:
+        """Places of their counterparts in the second half."""
+        return self._there(_filled_up([places + half for places, half in self._pairs], self.rows * CHUNK))
+
+    @cached_property
+    def signal_scale(self) -> Tensor:
+        """From the norm of their differences to a std; NaN where a batch has no halves."""
+        counts = np.array([len(places) for places, _ in self._pairs], np.float32)
+        return self._there((2 * np.where(counts > 0, counts, np.nan)).astype(np.float32) ** -0.5)
 
     # of layers
 
     @cached_property
-    def is_one_to_one(self) -> bool:
-        """True if every layer has one sample at most."""
-        return len(set(self.layers.tolist())) == len(self.layers)
+    def is_one_each(self) -> bool:
+        """True if every layer has one sample."""
+        return self.layers.tolist() == [*range(self.n_layers)]
 
     @cached_property
     def layer_table(self) -> Tensor:
         """(layers, most samples): the samples of each; filled up with one behind the last."""
-        return self._there(_filled_up([np.flatnonzero(self.layers == i) for i in range(self.n_layers)], len(self.spots)))
+        return self._there(_filled_up(self._samples_of_each, len(self.spots)))
 
     @cached_property
     def sample_sizes(self) -> Tensor:
@@ -148,7 +148,11 @@ class Layout:
     def sizes(self) -> Tensor:
         """(layers, most samples): how many values the whole tensors had of which these samples are; else 0."""
         sizes = np.array([*(s.n for s in self.spots), 0], np.float32)
-        return self._there(sizes[_filled_up([np.flatnonzero(self.layers == i) for i in range(self.n_layers)], -1)])
+        return self._there(sizes[_filled_up(self._samples_of_each, -1)])
+
+    @cached_property
+    def _samples_of_each(self) -> list[Indices]:
+        return [np.flatnonzero(self.layers == i) for i in range(self.n_layers)]
 
     @cached_property
     def _few(self) -> list[Indices]:
@@ -162,19 +166,23 @@ class Layout:
         rows = [-(-len(few) // CHUNK) for few in self._few]
         return np.split(np.arange(sum(rows)), np.cumsum(rows)[:-1])
 
+    @cached_property
+    def _pairs(self) -> list[tuple[Indices, int]]:
+        """For each sample places in the first half of its batch, if it has two, and how far their counterparts are."""
+        found = []
+        for s, start in zip(self.spots, self.starts, strict=True):
+            halves, of_half = s.size
+            places = np.arange(start, start + of_half, distance(s.n, of_half / FEWER))
+            found.append((places if halves == 2 else places[:0], of_half))
+        return found
+
     def _there(self, table: npt.NDArray[np.int64 | np.float32]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(table)).to(self.device, non_blocking=True)
 
 
-def _half(spots: Spots) -> Indices:
-    """Places of about half of `FEW` values in the first half of a batch, if it has two."""
-    halves, of_half = spots.size
-    return np.arange(0, of_half, distance(spots.n, 2 * of_half / FEW)) if halves == 2 else np.arange(0)
-
-
-def _padded(places: Indices, width: int, fill: int) -> Indices:
-    """Places, and so many of `fill` that their number is a multiple of `width`."""
-    return np.pad(places, (0, -len(places) % width or (0 if len(places) else width)), constant_values=fill)
+def _padded(places: Indices, fill: int) -> Indices:
+    """Places, and so many of `fill` that they are whole rows."""
+    return np.pad(places, (0, -len(places) % CHUNK), constant_values=fill)
 
 
 def _filled_up(rows: Sequence[Indices], fill: int) -> Indices:

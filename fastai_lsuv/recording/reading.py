@@ -41,7 +41,7 @@ class Reading:
     def summary(self) -> pd.DataFrame:  # by the layers' names
         """A row for each layer that ran, with its `type`, `first_std`, `last_std`, `min_std`, `max_std`,
         `max_near_zero`, of all training records ever made, and a `verdict`: see
-        `fastai_lsuv.recording.history.verdict`.
+        `fastai_lsuv.recording.verdicts.verdict`.
         """
         self._flush()
         return self._history.summary()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,8 +34,7 @@ class Samples:
 
     def __init__(self, n_layers: int) -> None:
         self.n_layers = n_layers
-        self.layout: Layout | None = None
-        self.buffer: Tensor | None = None
+        self._buffer: tuple[Tensor, Layout] | None = None
         self._slots: list[list[Slot]] = [[] for _ in range(n_layers)]
         self._calls = [0] * n_layers  # so far in this step
         self._loose: list[tuple[int, int, Slot]] = []  # (layer, call, …): without a place in the buffer
@@ -47,13 +45,14 @@ class Samples:
         return not any(self._calls)
 
     def take(self, layer: int, x: Tensor) -> None:
-        """Copy a sample of a detached tensor: one strided view and one copy."""
-        call = self._calls[layer]
-        slots = self._slots[layer]
+        """Copy a sample: one strided view and one copy."""
+        call, slots = self._calls[layer], self._slots[layer]
         if call < len(slots) and slots[call].fits(x):
             slots[call].region.copy_(slots[call].spots.view(x))
-        else:
+        elif x.numel():
             self._loose.append((layer, call, _loose(x)))
+        else:
+            return
         self._calls[layer] = call + 1
 
     def forget(self) -> None:
@@ -63,32 +62,27 @@ class Samples:
 
     def gathered(self) -> tuple[Tensor, Layout]:
         """The buffer with all samples of this step, and where they are in it."""
-        if self._loose or self._calls != [len(slots) for slots in self._slots]:
-            self._arrange()
-        assert self.buffer is not None and self.layout is not None
-        return self.buffer, self.layout
+        if self._buffer is None or self._loose or self._calls != [len(slots) for slots in self._slots]:
+            self._buffer = self._arranged()
+        return self._buffer
 
-    def _arrange(self) -> None:
+    def _arranged(self) -> tuple[Tensor, Layout]:
         """Make a place in a new buffer for each sample of this step."""
         found = [slots[:calls] for slots, calls in zip(self._slots, self._calls, strict=True)]
         for layer, call, slot in self._loose:
             found[layer][call:] = [slot]
-        self._loose = []
-        self.buffer, self.layout, self._slots = _arranged(found)
+        layers = [layer for layer, slots in enumerate(found) for _ in slots]
+        slots = [slot for of_layer in found for slot in of_layer]
+        layout = Layout([slot.spots for slot in slots], layers, self.n_layers, slots[0].region.device)
+        buffer = layout.new_buffer()
+        self._slots, self._loose = [[] for _ in found], []
+        for i, (layer, slot) in enumerate(zip(layers, slots, strict=True)):
+            region = layout.region(buffer, i).copy_(slot.region)
+            self._slots[layer].append(replace(slot, region=region))
+        return buffer, layout
 
 
 def _loose(x: Tensor) -> Slot:
     values = plain_values(x)
     spots = Spots.of(values)
     return Slot(x.shape, () if x.is_nested else x.stride(), spots, spots.view(values).to(torch.float32, copy=True))
-
-
-def _arranged(found: Sequence[Sequence[Slot]]) -> tuple[Tensor, Layout, list[list[Slot]]]:
-    layers = [layer for layer, slots in enumerate(found) for _ in slots]
-    slots = [slot for of_layer in found for slot in of_layer]
-    layout = Layout([slot.spots for slot in slots], layers, len(found), slots[0].region.device)
-    buffer, placed = layout.new_buffer(), [list[Slot]() for _ in found]
-    for i, (layer, slot) in enumerate(zip(layers, slots, strict=True)):
-        region = layout.region(buffer, i).copy_(slot.region)
-        placed[layer].append(Slot(slot.shape, slot.stride, slot.spots, region))
-    return buffer, layout, placed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 # A sample of a large output: mean and std are then within 2 % of the std, for a cost that doesn't grow with the output.
@@ -66,8 +65,3 @@ def distance(n: int, wanted: float) -> int:
 def plain_values(x: Tensor) -> Tensor:
     """Return the values of a tensor of any kind, in one that has them in memory (nested ones all in a row)."""
     return x.values() if x.is_nested else x
-
-
-def is_recordable(x: Tensor | None) -> bool:
-    """True if a tensor has floating-point values in memory."""
-    return x is not None and x.numel() > 0 and (x.is_nested or x.layout is torch.strided)

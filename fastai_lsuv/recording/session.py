@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastai_lsuv.recording.budget import Budget
 from fastai_lsuv.recording.capture import Capture
 from fastai_lsuv.recording.outbox import Outbox
 
@@ -30,20 +31,24 @@ class Session:
     names: list[str]  # of the layers
     places: list[int]  # of these in the history
     capture: Capture
+    budget: Budget  # for `every="auto"`
     outbox: Outbox[Where] = field(default_factory=Outbox)
     at: Where | None = None  # the batch at hand
     is_watched: bool = False  # it is to be recorded
     loss: Tensor | None = None  # as it was before it was scaled for mixed precision
     scale: Tensor | float = 1.0  # by how much it was
+    n_batches: int = 0
+    n_begun: int = 0
     n_watched: int = 0
     n_recorded: int = 0
 
     def begin(self, at: Where, watch: bool) -> None:
         """Begin a batch."""
         self.at, self.is_watched, self.loss, self.scale = at, watch, None, 1.0
+        self.n_begun += 1
+        self.n_watched += watch
         if watch:
             self.capture.watch()
-            self.n_watched += 1
 
     def note_loss(self, loss: object) -> None:
         """Remember the loss as it is before mixed precision scales it, if there is one."""
@@ -65,8 +70,8 @@ class Session:
 
     def complaint(self) -> str:
         """What the user should know about what could not be recorded; empty if all was."""
-        if self.n_watched and not self.n_recorded:
-            return f"none of {self.n_watched} batches was recorded: no layer ran between before_batch and after_pred"
+        if self.n_batches and not self.n_recorded and (self.n_watched or not self.n_begun):
+            return f"none of {self.n_batches} batches was recorded: no layer ran between before_batch and after_pred"
         if self.capture.failed:
             (first, why), *others = ((self.names[i], why) for i, why in self.capture.failed.items())
             more = f" and {len(others)} more" if others else ""
