@@ -31,7 +31,10 @@ class ActivationStatsRecorder(Reading, Callback):
     that is near zero. Nothing in training changes, to the bit. A hook copies a sample of the output (about
     `fastai_lsuv.recording.sampling.SAMPLE` values, evenly spread: mean and std are within 2 % of the std; all values of
     smaller outputs) and waits for nothing. Of it, shares and histograms count about 4,096 values. What the samples
-    show leaves the device in bulk. A compiled model runs uncompiled in the batches that are recorded.
+    show is computed for all layers together, and leaves the device in bulk.
+
+    What runs between `before_batch` and the next event is seen, whoever calls it; hooks are on the model for that time
+    only. A compiled model runs uncompiled in the batches that are recorded.
 
     Raises:
         ValueError: `every` or `max_records` below 1, `near_zero` below 0; when a fit starts, names that match nothing
@@ -67,7 +70,7 @@ class ActivationStatsRecorder(Reading, Callback):
 
     def __init__(
         self,
-        modules: Choice = None,  # any modules, as for `lsuv_`; `None`: leaves with parameters, and activations
+        modules: Choice = None,  # any modules, as for `lsuv_`; `None`: every leaf but PyTorch's for pooling, …
         exclude: Choice = None,  # the same forms: these, and everything beneath them, are left out
         every: int | Literal["auto"] = 1,  # each n-th batch of training (and validation); "auto": at 2 % of the time
         with_hist: bool = False,  # histograms, too: `sampling.HIST_BINS` bins over `HIST_RANGE`

@@ -13,7 +13,7 @@ FEATURES = ("mean", "std", "near_zero", "sparsity", "at_limit", "signal")  # see
 HIST_BINS, HIST_RANGE = 40, (0.0, 10.0)  # as in fastai's `ActivationStats`: `histc(40, 0, 10)`
 _SPARSE = 0.05  # of the std: nearer to 0 than this is nothing beside the rest
 _LIMIT = 0.05  # of the range of sizes: nearer to its upper end than this is at the limit
-_SCALES = (1e-12, 1e12)  # by these the squares of any values can be brought into the range of float32
+_SCALES = (1e-30, 1e30)  # divided by numbers between these, the squares of any values are in the range of float32
 
 
 def describe(
@@ -33,8 +33,8 @@ def describe(
     size = _looked_up(values, layout.fewer).abs_()
     low, high = size.amin(1, keepdim=True), size.amax(1, keepdim=True)
     mean, std = _moments(buffer, layout, high)
-    at_limit = _share(size.ge(high - _LIMIT * (high - low))) * layout.are_many
-    sparsity = _share(size.le(_SPARSE * std.nan_to_num(0.0)[:, None]))
+    at_limit = (size - (high - _LIMIT * (high - low))).ge_(0.0).mean(1) * layout.are_many
+    sparsity = (size - _SPARSE * std.nan_to_num(0.0)[:, None]).le_(0.0).mean(1)
     few = values.index_select(0, layout.few)
     near = _of_each(few.abs().le_(near_zero).view(-1, CHUNK).sum(1), layout.few_table) / layout.few_counts
     features = torch.stack([mean, std, near, sparsity, at_limit, _signal(values, layout) / std], 1)
@@ -50,7 +50,7 @@ def describe_moments(buffer: Tensor, layout: Layout) -> Tensor:
 
 
 def _looked_up(values: Tensor, places: Tensor) -> Tensor:
-    """Several times as fast on the CPU as to index by a table."""
+    """Look up values by a table of places: several times as fast on the CPU as to index by it."""
     return values.index_select(0, places.view(-1)).view(places.shape)
 
 
@@ -59,19 +59,20 @@ def _of_each(of_rows: Tensor, table: Tensor) -> Tensor:
     return _looked_up(of_rows, table).sum(1)
 
 
-def _share(true: Tensor) -> Tensor:
-    return true.sum(1) / true.shape[1]
-
-
 def _moments(buffer: Tensor, layout: Layout, high: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased std of each sample; `high`, (samples, 1), tells the order of size of its values."""
     mean = _of_each(buffer.sum(1), layout.row_table) / layout.counts
-    scale = high.clamp(*_SCALES)
+    scale = _scale(high)
     centred = (buffer - mean[layout.sample_of_row, None]).mul_(scale.reciprocal()[layout.sample_of_row])
     centred.view(-1).index_fill_(0, layout.padding, 0.0)
     squares = _of_each(torch.linalg.vector_norm(centred, dim=1).square_(), layout.row_table)
     std = (squares / (layout.counts - 1)).sqrt_() * scale[:, 0]  # of one value 0 / 0: NaN
     return mean, std
+
+
+def _scale(high: Tensor) -> Tensor:
+    """By what values up to this are divided before they are squared: of tiny and huge ones that is 0 or infinite."""
+    return torch.where(high > 0, high, 1.0).clamp(*_SCALES)
 
 
 def _signal(values: Tensor, layout: Layout) -> Tensor:
@@ -100,7 +101,8 @@ def _of_layers(samples: Tensor, layout: Layout) -> Tensor:
     if layout.is_one_each:
         return samples
     with_nan = torch.nn.functional.pad(samples, (0, 0, 0, 1), value=math.nan)
-    return _pooled(with_nan[layout.layer_table], layout.sizes[:, :, None])
+    rows = with_nan[layout.layer_table]
+    return rows[:, 0] if rows.shape[1] == 1 else _pooled(rows, layout.sizes[:, :, None])
 
 
 def _pooled(rows: Tensor, sizes: Tensor) -> Tensor:
@@ -108,8 +110,9 @@ def _pooled(rows: Tensor, sizes: Tensor) -> Tensor:
     there, total = sizes > 0, sizes.sum(1)
     rows = rows.where(there, 0.0)
     pooled = (rows * sizes).sum(1) / total
-    deviations = (rows[:, :, :1] - pooled[:, None, :1]).square_() * sizes  # between the samples, and within each
-    deviations += torch.where(sizes > 1, rows[:, :, 1:2].square() * (sizes - 1), 0.0)
-    pooled[:, 1:2] = (deviations.sum(1) / (total - 1)).sqrt_()
+    scale = _scale(rows[:, :, :2].abs().amax((1, 2), keepdim=True))
+    between = (rows[:, :, :1] - pooled[:, None, :1]).div_(scale).square_() * sizes
+    within = torch.where(sizes > 1, (rows[:, :, 1:2] / scale).square_() * (sizes - 1), 0.0)
+    pooled[:, 1:2] = ((between + within).sum(1) / (total - 1)).sqrt_() * scale[:, 0]
     pooled[:, len(FEATURES) :] = rows[:, :, len(FEATURES) :].sum(1) / (total > 0)
     return pooled

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -28,17 +28,17 @@ class Layout:
     def __init__(
         self,
         spots: Sequence[Spots],  # of each sample
-        layers: Sequence[int],  # to which it belongs; several samples if it was called several times
+        layers: Sequence[int],  # to which it belongs, in ascending order; several of one that was called so often
         n_layers: int,
         device: torch.device,
     ) -> None:
-        self.spots, self.layers, self.n_layers, self.device = spots, np.asarray(layers), n_layers, device
+        self.spots, self.device = spots, device
         self.n_values = np.array([s.values for s in spots])
-        rows = -(-self.n_values // CHUNK)
-        self.first_row = np.cumsum(rows) - rows
-        self.rows = int(rows.sum())  # of samples
-        self.starts = self.first_row * CHUNK
-        self._rows_of_each = [np.arange(first, first + n) for first, n in zip(self.first_row, rows, strict=True)]
+        self.n_rows = -(-self.n_values // CHUNK)
+        self.rows = int(self.n_rows.sum())  # of samples
+        self.starts = _before(self.n_rows) * CHUNK
+        self.samples_of_layer = np.bincount(layers, minlength=n_layers)
+        self.few_of = {s: _few(s) for s in set(spots)}  # most layers are like others
 
     def region(self, buffer: Tensor, i: int) -> Tensor:
         """The part of the buffer for sample `i`, in rows of the halves."""
@@ -56,20 +56,20 @@ class Layout:
     @cached_property
     def sample_of_row(self) -> Tensor:
         """For each row of the buffer the sample to which it belongs."""
-        rows = [np.full(len(rows), i) for i, rows in enumerate(self._rows_of_each)]
-        return self._there(np.concatenate([*rows, [0, 0]]))
+        return self._there(np.append(np.repeat(np.arange(len(self.spots)), self.n_rows), [0, 0]))
 
     @cached_property
     def row_table(self) -> Tensor:
         """(samples, most rows): the rows of each."""
-        return self._there(_filled_up(self._rows_of_each, self.rows))
+        return self._there(_table(self.n_rows, self.rows))
 
     @cached_property
     def padding(self) -> Tensor:
         """Places in the buffer that belong to no sample."""
-        ends = [*self.starts[1:], self.rows * CHUNK]
-        spare = [np.arange(a + n, b) for a, n, b in zip(self.starts, self.n_values, ends, strict=True)]
-        return self._there(np.concatenate([*spare, np.arange(self.rows * CHUNK, (self.rows + 1) * CHUNK)]))
+        spare = np.ones((self.rows + 1) * CHUNK, bool)
+        for start, n in zip(self.starts, self.n_values, strict=True):
+            spare[start : start + n] = False
+        return self._there(np.flatnonzero(spare))
 
     @cached_property
     def counts(self) -> Tensor:
@@ -81,30 +81,33 @@ class Layout:
     @cached_property
     def few(self) -> Tensor:
         """Places of about `FEW` values of each sample, in rows of `CHUNK`, and one row more; the rest are of NaN."""
+        filled = {s: _whole_rows(few) for s, few in self.few_of.items()}
+        places = np.concatenate([filled[s] + start for s, start in self._each()])
         nan = (self.rows + 1) * CHUNK
-        return self._there(np.concatenate([*(_padded(few, nan) for few in self._few), np.full(CHUNK, nan)]))
+        return self._there(np.append(np.where(places < 0, nan, places), np.full(CHUNK, nan)))
 
     @cached_property
     def few_counts(self) -> Tensor:
         """How many these are."""
-        return self._there(np.array([len(few) for few in self._few], np.float32))
+        return self._there(np.array([len(self.few_of[s]) for s in self.spots], np.float32))
 
     @cached_property
     def few_table(self) -> Tensor:
         """(samples, most rows): the rows of `few` that belong to each; filled up with its last, of NaN only."""
-        return self._there(_filled_up(self._few_rows, self._few_rows[-1][-1] + 1))
+        return self._there(_table(self._few_rows, int(self._few_rows.sum())))
 
     @cached_property
     def sample_of_few(self) -> Tensor:
         """For each row of `few` the sample to which it belongs."""
-        return self._there(np.concatenate([*(np.full(len(rows), i) for i, rows in enumerate(self._few_rows)), [0]]))
+        return self._there(np.append(np.repeat(np.arange(len(self.spots)), self._few_rows), 0))
 
     @cached_property
     def fewer(self) -> Tensor:
         """(samples, about `FEWER`): places of values of each; those of small samples come several times."""
-        taken = [few[:: distance(s.n, len(few) / FEWER)] for few, s in zip(self._few, self.spots, strict=True)]
-        width = max(map(len, taken))
-        return self._there(np.stack([np.resize(places, width) for places in taken]))
+        taken = {s: few[:: distance(s.n, len(few) / FEWER)] for s, few in self.few_of.items()}
+        width = max(map(len, taken.values()))
+        filled = {s: np.resize(places, width) for s, places in taken.items()}
+        return self._there(np.stack([filled[s] + start for s, start in self._each()]))
 
     @cached_property
     def are_many(self) -> Tensor:
@@ -114,17 +117,17 @@ class Layout:
     @cached_property
     def first_half(self) -> Tensor:
         """(samples, about `FEWER`): places of values in the first half of the batch; then places of zeros."""
-        return self._there(_filled_up([places for places, _ in self._pairs], self.rows * CHUNK))
+        return self._there(self._in_half(0))
 
     @cached_property
     def second_half(self) -> Tensor:
         """Places of their counterparts in the second half."""
-        return self._there(_filled_up([places + half for places, half in self._pairs], self.rows * CHUNK))
+        return self._there(self._in_half(1))
 
     @cached_property
     def signal_scale(self) -> Tensor:
         """From the norm of their differences to a std; NaN where a batch has no halves."""
-        counts = np.array([len(places) for places, _ in self._pairs], np.float32)
+        counts = np.array([len(self._pairs[s]) for s in self.spots], np.float32)
         return self._there((2 * np.where(counts > 0, counts, np.nan)).astype(np.float32) ** -0.5)
 
     # of layers
@@ -132,12 +135,18 @@ class Layout:
     @cached_property
     def is_one_each(self) -> bool:
         """True if every layer has one sample."""
-        return self.layers.tolist() == [*range(self.n_layers)]
+        return bool((self.samples_of_layer == 1).all())
 
     @cached_property
     def layer_table(self) -> Tensor:
         """(layers, most samples): the samples of each; filled up with one behind the last."""
-        return self._there(_filled_up(self._samples_of_each, len(self.spots)))
+        return self._there(_table(self.samples_of_layer, len(self.spots)))
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """(layers, most samples): how many values the whole tensors had of which these samples are; else 0."""
+        sizes = np.array([*(s.n for s in self.spots), 0], np.float32)
+        return self._there(sizes[_table(self.samples_of_layer, -1)])
 
     @cached_property
     def sample_sizes(self) -> Tensor:
@@ -145,47 +154,44 @@ class Layout:
         return self._there(np.array([s.n for s in self.spots], np.float32))
 
     @cached_property
-    def sizes(self) -> Tensor:
-        """(layers, most samples): how many values the whole tensors had of which these samples are; else 0."""
-        sizes = np.array([*(s.n for s in self.spots), 0], np.float32)
-        return self._there(sizes[_filled_up(self._samples_of_each, -1)])
+    def _few_rows(self) -> Indices:
+        return np.array([-(-len(self.few_of[s]) // CHUNK) for s in self.spots])
 
     @cached_property
-    def _samples_of_each(self) -> list[Indices]:
-        return [np.flatnonzero(self.layers == i) for i in range(self.n_layers)]
+    def _pairs(self) -> dict[Spots, Indices]:
+        """Places in the first half of a batch, if it has two."""
+        return {s: np.arange(0, s.size[1] * (s.size[0] - 1), distance(s.n, s.size[1] / FEWER)) for s in self.few_of}
 
-    @cached_property
-    def _few(self) -> list[Indices]:
-        return [
-            np.arange(start, start + s.values, distance(s.n, s.values / FEW))
-            for s, start in zip(self.spots, self.starts, strict=True)
-        ]
+    def _in_half(self, which: int) -> Indices:
+        width = max([1, *map(len, self._pairs.values())])
+        table = np.full((len(self.spots), width), self.rows * CHUNK)
+        for line, (s, start) in zip(table, self._each(), strict=True):
+            line[: len(self._pairs[s])] = self._pairs[s] + (start + which * s.size[1])
+        return table
 
-    @cached_property
-    def _few_rows(self) -> list[Indices]:
-        rows = [-(-len(few) // CHUNK) for few in self._few]
-        return np.split(np.arange(sum(rows)), np.cumsum(rows)[:-1])
-
-    @cached_property
-    def _pairs(self) -> list[tuple[Indices, int]]:
-        """For each sample places in the first half of its batch, if it has two, and how far their counterparts are."""
-        found = []
-        for s, start in zip(self.spots, self.starts, strict=True):
-            halves, of_half = s.size
-            places = np.arange(start, start + of_half, distance(s.n, of_half / FEWER))
-            found.append((places if halves == 2 else places[:0], of_half))
-        return found
+    def _each(self) -> Iterator[tuple[Spots, int]]:
+        return zip(self.spots, self.starts, strict=True)
 
     def _there(self, table: npt.NDArray[np.int64 | np.float32]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(table)).to(self.device, non_blocking=True)
 
 
-def _padded(places: Indices, fill: int) -> Indices:
-    """Places, and so many of `fill` that they are whole rows."""
-    return np.pad(places, (0, -len(places) % CHUNK), constant_values=fill)
+def _few(spots: Spots) -> Indices:
+    """Places of about `FEW` values of a sample."""
+    return np.arange(0, spots.values, distance(spots.n, spots.values / FEW))
 
 
-def _filled_up(rows: Sequence[Indices], fill: int) -> Indices:
-    """A table whose rows are as long as the longest."""
-    width = max(1, *map(len, rows)) if len(rows) else 1
-    return np.stack([np.pad(row, (0, width - len(row)), constant_values=fill) for row in rows])
+def _before(counts: Indices) -> Indices:
+    """How many there are before each."""
+    return np.cumsum(counts) - counts
+
+
+def _table(counts: Indices, fill: int) -> Indices:
+    """The numbers of things of which each has so many, one after the other, in lines as long as the longest."""
+    within = np.arange(max(1, counts.max()))
+    return np.where(within < counts[:, None], _before(counts)[:, None] + within, fill)
+
+
+def _whole_rows(places: Indices) -> Indices:
+    """Places, and so many far below 0 that they are whole rows."""
+    return np.append(places, np.full(-len(places) % CHUNK, np.iinfo(np.int64).min // 2))

@@ -150,7 +150,7 @@ def pyramid(depth):
 
 @pytest.mark.parametrize("make", [lambda depth: mlp(10, *[16] * depth, 3), pyramid], ids=["one width", "all widths"])
 @pytest.mark.parametrize(
-    ("options", "of_a_layer", "of_all"), [({}, 2, 70), (dict(with_hist=True), 2, 95), (ALL, 4, 135)], ids=str
+    ("options", "of_a_layer", "of_all"), [({}, 2, 75), (dict(with_hist=True), 2, 100), (ALL, 4, 145)], ids=str
 )
 def test_a_view_and_a_copy_a_layer_and_the_rest_for_all_at_once(make, options, of_a_layer, of_all):
     few, many = (of_a_step(lambda depth=depth: make(depth), rows(16), **options) for depth in (4, 40))
