@@ -5,9 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import wraps
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import nn
@@ -33,34 +31,6 @@ def hooked(
         for module, hook in after.items():
             handles.callback(module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
         yield
-
-
-class NextCall:
-    """What runs the next forward of a module, and no later one: `around(forward, *args, **kwargs)`.
-
-    It is gone as soon as that begins, so that an exception or interrupt in the forward leaves nothing behind.
-    """
-
-    def __init__(self, module: nn.Module, around: Callable[..., Any]) -> None:
-        self._module, forward = ref(module), module.forward
-
-        @wraps(forward)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            self.cancel()
-            return around(forward, *args, **kwargs)
-
-        # a module with `compile()` called on it would call compiled code instead of its forward
-        self._instead = {"forward": run, "_compiled_call_impl": None}
-        self._before = {name: vars(module)[name] for name in self._instead if name in vars(module)}
-        vars(module).update(self._instead)
-
-    def cancel(self) -> None:
-        """Have the next forward run as ever."""
-        if (module := self._module()) is not None:
-            for name in self._instead:
-                vars(module).pop(name, None)
-            vars(module).update(self._before)
-        self._instead, self._before = {}, {}
 
 
 def eagerly() -> AbstractContextManager[Any]:
