@@ -21,7 +21,7 @@ ORDER = [
     "core.options",
     "core.affine",
     "core.copies",
-    "core.hooks",
+    "core.mode",
     "core.dry_run",
     "init",
     "core.probe",

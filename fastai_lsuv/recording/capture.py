@@ -11,7 +11,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from fastai_lsuv.core.hooks import eagerly
+from fastai_lsuv.core.mode import eagerly
 from fastai_lsuv.core.probe import first_tensor
 from fastai_lsuv.recording.description import FEATURES, HIST_BINS, describe, describe_moments
 from fastai_lsuv.recording.samples import Samples
