@@ -96,6 +96,9 @@ class LSUVReport(Sequence[Row]):
                 return row
         raise KeyError(f"{key!r}: no such unit; there are {', '.join(repr(row.name) for row in self.rows)}")
 
+    def __contains__(self, key: object) -> bool:
+        return key in self.rows or any(row.name == key for row in self.rows)
+
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 

@@ -8,10 +8,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
 from fastai_lsuv.core.branches import branch_ends
 from fastai_lsuv.core.correction import Correction
@@ -69,7 +71,13 @@ def lsuv_(
         (True, 3, 1.0)
     """
     options = Options(mean, std, per_channel, modules, exclude, init, tol, max_iter, residual)
-    return run(model, as_call(batch), options)
+    call = as_call(batch)
+    try:
+        return run(model, call, options)
+    except TypeError as error:
+        if call[0] and batch is not call[0][0] and "positional argument" in str(error):
+            add_to_message(error, "a tuple or list of inputs is unpacked, model(*inputs): give it without the targets")
+        raise
 
 
 def run(model: nn.Module, call: Call, options: Options, as_it_stands: bool = False) -> LSUVReport:
@@ -95,6 +103,11 @@ def run(model: nn.Module, call: Call, options: Options, as_it_stands: bool = Fal
 
 def as_call(batch: Any) -> Call:
     """Return a forward's arguments for a batch: a tensor, a tuple or list of inputs, or a mapping of keyword inputs."""
+    if isinstance(batch, nn.Module):
+        raise TypeError(f"batch is a {type(batch).__name__}: expected lsuv_(model, batch), in this order")
+    if isinstance(batch, np.ndarray) or hasattr(batch, "one_batch") or isinstance(batch, DataLoader):
+        how = "torch.as_tensor(batch)" if isinstance(batch, np.ndarray) else "the inputs of one batch of it"
+        raise TypeError(f"batch is a {type(batch).__name__}: expected tensors, such as {how}")
     if isinstance(batch, Mapping):
         return (), dict(batch)
     return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
@@ -123,7 +136,7 @@ def _look(correction: Correction, dry_run: DryRun, layers: list[Layer], options:
 
 def _check(model: nn.Module, call: Call) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r}: expected a torch.nn.Module")
+        raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise ValueError(f"{name!r} is lazy and not initialised yet: send a batch through the model first")
