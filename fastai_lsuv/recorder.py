@@ -189,7 +189,7 @@ class ActivationStatsRecorder(Reading, Callback):
         self._look_away()
         self._steps += session.at.phase == "train"
         session.end(self.near_zero, self.with_hist)
-        if session.outbox.full or logs_to_wandb(self.learn):
+        if session.device_buffer.full or logs_to_wandb(self.learn):
             self._flush()
 
     def _let_go(self) -> None:
@@ -201,7 +201,7 @@ class ActivationStatsRecorder(Reading, Callback):
     def _flush(self) -> None:
         """Move the records that wait on the device to the history and the logs."""
         session = self._session
-        sent = session.outbox.empty() if session is not None else []
+        sent = session.device_buffer.empty() if session is not None else []
         if session is None or not sent:
             return
         records = [Record(*at, values=self._history.placed(values, session.places)) for at, values in sent]

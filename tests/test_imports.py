@@ -54,7 +54,7 @@ ORDER = [
     "recording.description",
     "recording.layers",
     "recording.capture",
-    "recording.outbox",
+    "recording.device_buffer",
     "recording.budget",
     "recording.session",
     "recording.verdicts",

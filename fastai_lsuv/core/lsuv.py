@@ -38,16 +38,16 @@ def lsuv_(
     model: nn.Module,  # changed in place: weights and biases, nothing else
     batch: Any,  # a tensor → `model(x)`, a tuple or list → `model(*xs)`, a mapping → `model(**kw)`
     *,
-    mean: float | None = 0.0,  # wanted mean of each unit's output, where it can be shifted; `None`: nothing is shifted
+    mean: float | None = 0.0,  # wanted mean of each layer's output, where it can be shifted; `None`: nothing is shifted
     std: float | None = 1.0,  # wanted standard deviation; `None`: nothing is scaled. Both `None`: only measure
     per_channel: bool = False,  # each output channel by itself (Krähenbühl et al. 2016, arXiv:1511.06856)
-    modules: Choice = None,  # which units: `None` = all affine layers; types, names with wildcards, modules, a function
+    modules: Choice = None,  # which layers: `None` = all affine ones; types, names with wildcards, modules, a function
     exclude: Choice = None,  # the same forms, taken away from `modules` with everything beneath them
     init: Callable[..., Any] | None = None,  # in-place initialiser of each chosen weight first, biases are zeroed
     tol: float = 1e-3,  # for blocks and shared layers, where one step is not exact; of `std` where that is below 1
     max_iter: int = 10,  # steps at most, for the same
     residual: bool = False,  # the last layers of n residual branches get std/√n: their sum doesn't grow with depth
-) -> LSUVReport:  # a row for each unit, in execution order: moments before and after, status, reason
+) -> LSUVReport:  # one row per layer, in execution order: moments before and after, status, reason
     """Scale and shift each layer's weights so that its output on `batch` has the wanted mean and standard deviation.
 
     Layer-sequential unit variance (Mishkin & Matas 2016, arXiv:1511.06422) with the fast.ai course's mean correction,

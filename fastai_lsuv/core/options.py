@@ -52,8 +52,8 @@ class Options:
 
     def _check_types(self) -> None:
         for name in ("mean", "std", "tol", "max_iter"):
-            value = getattr(self, name)
-            kind = Integral if name == "max_iter" else Real  # NumPy's numbers are such numbers, too
+            value: Any = getattr(self, name)
+            kind: Any = Integral if name == "max_iter" else Real  # NumPy's numbers are such numbers, too
             optional = name in ("mean", "std") and value is None
             if not optional and (not isinstance(value, kind) or isinstance(value, bool)):
                 raise TypeError(f"{name}={value!r}: expected a {'whole number' if kind is Integral else 'number'}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastai_lsuv.recording.budget import Budget
 from fastai_lsuv.recording.capture import Capture
-from fastai_lsuv.recording.outbox import Outbox
+from fastai_lsuv.recording.device_buffer import DeviceBuffer
 
 
 class Where(NamedTuple):
@@ -32,7 +32,7 @@ class Session:
     places: list[int]  # of these in the history
     capture: Capture
     budget: Budget  # for `every="auto"`
-    outbox: Outbox[Where] = field(default_factory=Outbox)
+    device_buffer: DeviceBuffer[Where] = field(default_factory=DeviceBuffer)
     at: Where | None = None  # the batch at hand
     is_watched: bool = False  # it is to be recorded
     loss: Tensor | None = None  # as it was before it was scaled for mixed precision
@@ -64,7 +64,7 @@ class Session:
     def end(self, near_zero: float, with_hist: bool) -> None:
         """Keep what the batch showed, if the model ran in it."""
         if self.at is not None and self.is_watched and not self.capture.outputs.empty:
-            self.outbox.add(self.at, self.capture.statistics(near_zero, with_hist, self.scale))
+            self.device_buffer.add(self.at, self.capture.statistics(near_zero, with_hist, self.scale))
             self.n_recorded += 1
         self.at, self.is_watched = None, False
 

@@ -11,7 +11,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Outbox(Generic[T]):
+class DeviceBuffer(Generic[T]):
     """Statistics that wait on their device, to leave it together."""
 
     def __init__(self, size: int = 64) -> None:
