@@ -127,7 +127,8 @@ def held(root, but=()):
             continue
         seen.add(id(o))
         if isinstance(o, torch.Tensor):
-            total += o.untyped_storage().nbytes()
+            total += 0 if (where := o.untyped_storage().data_ptr()) in seen else o.untyped_storage().nbytes()
+            seen.add(where)
         elif isinstance(o, np.ndarray):
             total += o.nbytes
         else:

@@ -32,7 +32,7 @@ def correct_in_pass(
     Its mean is kept where the output has one sign: from the start, or because it had two signs only while it was small,
     as that of GELU has, which is nearly linear there.
     """
-    with dry_run.replay(snapshot) as run:
+    with dry_run.replay(block.module, snapshot) as run:
 
         def measure() -> Measured:
             return moments(_first(run(call))).on_host()

@@ -39,7 +39,7 @@ class Correction:
     def _begin_pass(self) -> None:
         self.snapshots: dict[nn.Module, tuple[nn.Module, Call]] = {}  # of modules that run again
         self.steps: dict[Layer, Step] = {}
-        self.hopeless: dict[Layer, Skip] = {}  # in this pass: the next one may see other inputs
+        self.uncorrectable: dict[Layer, Skip] = {}  # in this pass: the next one may see other inputs
         self.shared.begin_pass()
 
     def make_pass(self) -> bool:
@@ -49,8 +49,9 @@ class Correction:
         self.dry_run.forward(dict.fromkeys(self.layers, self._see), dict.fromkeys(run_again, self._keep_state))
         suspects = self._read_steps() - self.examined
         self.examined |= suspects
-        self.hopeless |= {layer: why for layer, seen in self.shared.measured().items() if (why := _why_hopeless(seen))}
-        return self.shared.turn(but=set(self.hopeless)) or bool(suspects) or self._settle()
+        shared = {layer: _why_uncorrectable(seen) for layer, seen in self.shared.measured().items()}
+        self.uncorrectable |= {layer: why for layer, why in shared.items() if why}
+        return self.shared.turn(but=set(self.uncorrectable)) or bool(suspects) or self._settle()
 
     def _keep_state(self, module: nn.Module, call: Call) -> None:
         self.snapshots[module] = self.dry_run.snapshot(module), copied(call)
@@ -65,8 +66,8 @@ class Correction:
         seen = self._moments(layer, y)
         if layer.is_block:
             measured = seen.on_host()
-            if why := _why_hopeless(measured):
-                self.hopeless[layer] = why
+            if why := _why_uncorrectable(measured):
+                self.uncorrectable[layer] = why
                 return None
             return correct_in_pass(layer, y, measured, *self.snapshots.pop(module), self.dry_run, self.options)
         return self._exact(layer, output, y, seen)
@@ -78,7 +79,7 @@ class Correction:
     def _exact(self, layer: Layer, output: Any, y: Tensor, seen: Moments) -> Any:
         """One exact step, for a layer that is called once."""
         if seen.n < 2:
-            self.hopeless[layer] = Skip.TOO_FEW
+            self.uncorrectable[layer] = Skip.TOO_FEW
             return output
         step = exact_step(layer, y, seen, examine=layer in self.examined)
         if not is_known_affine(layer.module) and layer not in self.unproven:
@@ -89,7 +90,7 @@ class Correction:
         self.steps[layer] = step
         if layer.runs_again:  # how the weight acts on its other outputs (which experts a router chose) nobody knows
             snapshot, call = self.snapshots.pop(layer.module)
-            with self.dry_run.replay(snapshot) as run:
+            with self.dry_run.replay(layer.module, snapshot) as run:
                 return run(call)
         return _with_first(output, y, scaled(layer, y, step))
 
@@ -115,21 +116,21 @@ class Correction:
             if outcome.suspect:
                 suspects.add(layer)
             if not outcome.finite:
-                self.hopeless[layer] = Skip.NOT_FINITE
+                self.uncorrectable[layer] = Skip.NOT_FINITE
             elif outcome.constant and (not layer.n_iter or layer in self.examined):
-                self.hopeless[layer] = Skip.CONSTANT
+                self.uncorrectable[layer] = Skip.CONSTANT
             elif outcome.constant:
                 layer.note(Note.CONSTANT_CHANNELS)
         return suspects
 
     def _settle(self) -> bool:
         """Skip what could not be corrected; return whether a layer was put back, so that those behind it are off."""
-        for layer, why in self.hopeless.items():
+        for layer, why in self.uncorrectable.items():
             layer.skip(why)
             del self.layers[layer.module]
             self.shared.drop(layer)
             self.dry_run.biases.pop(layer.module, None)
-        return self.dry_run.put_back([w for layer in self.hopeless for w in layer.touched])
+        return self.dry_run.put_back([w for layer in self.uncorrectable for w in layer.touched])
 
     # after a look at the results
 
@@ -167,10 +168,10 @@ class Correction:
 
 
 def _is_scalable(seen: Measured | None) -> bool:
-    return seen is not None and not _why_hopeless(seen)
+    return seen is not None and not _why_uncorrectable(seen)
 
 
-def _why_hopeless(seen: Measured) -> Skip | None:
+def _why_uncorrectable(seen: Measured) -> Skip | None:
     """Why an output can't be scaled, if so."""
     if seen.n < 2:
         return Skip.TOO_FEW

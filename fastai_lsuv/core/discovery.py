@@ -153,7 +153,7 @@ class _Watch:
     def _probe(self, module: nn.Module, parameters: list[Tensor], call: Call, mixing: bool) -> AffineParameters | None:
         inside = [m for _, m in named_modules(module) if m is not module]
         contains_layers = any(m in self.calls and self._is_layer(m) for m in inside)
-        with self.dry_run.replay(self.dry_run.snapshot(module, with_hooks=False)) as run:
+        with self.dry_run.replay(module, self.dry_run.snapshot(module, with_hooks=False)) as run:
             attempts = [small_noise(call, samples=1 if contains_layers else 2)]
             if not contains_layers:  # to run those on the whole batch would cost as much as a pass
                 attempts.append(call)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import update_wrapper
 from types import MethodType
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastai_lsuv.core.affine import get_bias, set_bias
 from fastai_lsuv.core.copies import Memo, copied
 from fastai_lsuv.core.errors import CannotRun, name_module_at_work
-from fastai_lsuv.core.hooks import PreHook, eagerly
+from fastai_lsuv.core.mode import as_in_training, prepend, set_mode
 from fastai_lsuv.core.modules import is_scripted, named_modules, open_modules, plain
 from fastai_lsuv.core.random_state import RandomState, kept_random_state
 from fastai_lsuv.core.statistics import on_host
@@ -47,13 +47,14 @@ class DryRun:
         self.biases: dict[nn.Module, Any] = {}  # what blocks that expose a bias are to have in passes, and in the end
         self._copies: dict[nn.Module, nn.Module] = {}  # of all modules, in the pass at hand
         self._frozen = frozen  # modules that are in evaluation in training, too
+        self._has_run = False
 
     # passes
 
     def forward(self, after: Mapping[nn.Module, After], before: Mapping[nn.Module, Before] | None = None) -> None:
         """Run a fresh copy of the model; `before` and `after` are called with the modules of the model itself."""
         self._random.restore()
-        with _as_in_training():
+        with as_in_training():
             copy, before = self._fresh_copy(), before or {}
             for module in {**before, **after}:
                 _Watched(self._copies[module], module, before.get(module), after.get(module))
@@ -83,22 +84,30 @@ class DryRun:
         return snapshot
 
     @contextmanager
-    def replay(self, snapshot: nn.Module) -> Iterator[Run]:
+    def replay(self, module: nn.Module, snapshot: nn.Module) -> Iterator[Run]:
         """Run one module again, in the middle of a pass: each time as in the snapshot, from the same random state."""
         now = RandomState()
 
         def run(call: Call) -> Any:
             args, kwargs = copied(call)
             now.restore()
-            return copied(snapshot, self._working_memo())(*args, **kwargs)
+            copy = copied(snapshot, self._working_memo())
+            try:
+                return copy(*args, **kwargs)
+            except Exception as error:
+                prefix = self.names[module]
+                name_module_at_work(error, {m: f"{prefix}.{name}".strip(".") for name, m in named_modules(copy)})
+                raise
 
         with kept_random_state():
             yield run
 
     def _fresh_copy(self) -> nn.Module:
         """A copy of the model in the mode of training without dropout, on the working weights."""
-        if stale := [w for w in self._original if w not in self._kept]:
+        stale = [w for w in self._original if w not in self._kept] if self._has_run else []
+        if stale:
             torch._foreach_copy_(stale, [self._original[w] for w in stale])  # a forward may have written to them
+        self._has_run = True
         try:
             copy = copied(self.model, {id(p): w for p, w in self._working.items()})
         except Exception as error:
@@ -107,7 +116,7 @@ class DryRun:
         self._copies = {module: in_copy[name] for module, name in self.names.items() if name in in_copy}
         for module, bias in self.biases.items():
             set_bias(self._copies[module], bias)
-        _set_mode(copy, [self._copies[m] for m in self._frozen if m in self._copies])
+        set_mode(copy, [self._copies[m] for m in self._frozen if m in self._copies])
         return copy
 
     def _working_memo(self) -> Memo:
@@ -175,7 +184,7 @@ class _Watched:
         update_wrapper(self, copy.forward)
         vars(copy)["forward"] = self
         if before is not None:
-            _prepend(copy, self.given)
+            prepend(copy, self.given)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.before is not None:
@@ -192,59 +201,6 @@ class _Watched:
         """A copy of a watched module isn't watched."""
         is_method = isinstance(self.forward, MethodType)
         return MethodType(self.forward.__func__, memo[id(self.forward.__self__)]) if is_method else self.forward
-
-
-def _prepend(copy: nn.Module, hook: PreHook) -> None:
-    """Hang a pre-hook on a copy, ahead of all others; it needs no handle, as it goes with the copy."""
-    copy._forward_pre_hooks[id(hook)] = hook
-    copy._forward_pre_hooks.move_to_end(id(hook), last=False)  # type: ignore[attr-defined]
-    copy._forward_pre_hooks_with_kwargs[id(hook)] = True
-
-
-@contextmanager
-def _as_in_training() -> Iterator[None]:
-    """Settings for a pass: no gradients, nothing compiled, no fast path of inference, no cast weights from before."""
-    fastpath, cache = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)  # training doesn't take it, nor its nested tensors
-        torch.set_autocast_cache_enabled(False)  # it would hand out casts of weights as they were before a step
-        with torch.no_grad(), eagerly():
-            yield
-    finally:
-        torch.set_autocast_cache_enabled(cache)
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-
-
-def _set_mode(copy: nn.Module, frozen: Collection[nn.Module]) -> None:
-    """Evaluation, but for modules with running statistics that will use the batch's in training.
-
-    A model that freezes its norms does so in a `train` of its own.
-    """
-    copy.train()
-    norms = [m for m in copy.modules() if m.training and m not in frozen and _running_statistics(m)]
-    copy.eval()
-    for norm in norms:
-        norm.training = True
-        if not is_scripted(norm):
-            _prepend(norm, _one_value_a_channel_uses_running_statistics)
-
-
-def _running_statistics(module: nn.Module) -> set[str]:
-    return {"running_mean", "running_var"} & dict(module.named_buffers(recurse=False)).keys()
-
-
-def _one_value_a_channel_uses_running_statistics(
-    norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    """Training raises on a single value per channel, whose variance is undefined."""
-    x = args[0] if args else None
-    if isinstance(x, Tensor) and x.dim() > 1:
-        norm.training = not _running_statistics(norm) or x.numel() > _channel_groups(norm, x)
-
-
-def _channel_groups(norm: nn.Module, x: Tensor) -> int:
-    per_sample = isinstance(norm, nn.modules.instancenorm._InstanceNorm)
-    return x.shape[0] * x.shape[1] if per_sample else x.shape[1]
 
 
 def _is_expanded(t: Tensor) -> bool:

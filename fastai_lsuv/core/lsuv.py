@@ -8,10 +8,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
 from fastai_lsuv.core.branches import branch_ends
 from fastai_lsuv.core.correction import Correction
@@ -36,16 +38,16 @@ def lsuv_(
     model: nn.Module,  # changed in place: weights and biases, nothing else
     batch: Any,  # a tensor → `model(x)`, a tuple or list → `model(*xs)`, a mapping → `model(**kw)`
     *,
-    mean: float | None = 0.0,  # wanted mean of each unit's output, where it can be shifted; `None`: nothing is shifted
+    mean: float | None = 0.0,  # wanted mean of each layer's output, where it can be shifted; `None`: nothing is shifted
     std: float | None = 1.0,  # wanted standard deviation; `None`: nothing is scaled. Both `None`: only measure
     per_channel: bool = False,  # each output channel by itself (Krähenbühl et al. 2016, arXiv:1511.06856)
-    modules: Choice = None,  # which units: `None` = all affine layers; types, names with wildcards, modules, a function
+    modules: Choice = None,  # which layers: `None` = all affine ones; types, names with wildcards, modules, a function
     exclude: Choice = None,  # the same forms, taken away from `modules` with everything beneath them
     init: Callable[..., Any] | None = None,  # in-place initialiser of each chosen weight first, biases are zeroed
     tol: float = 1e-3,  # for blocks and shared layers, where one step is not exact; of `std` where that is below 1
     max_iter: int = 10,  # steps at most, for the same
     residual: bool = False,  # the last layers of n residual branches get std/√n: their sum doesn't grow with depth
-) -> LSUVReport:  # a row for each unit, in execution order: moments before and after, status, reason
+) -> LSUVReport:  # one row per layer, in execution order: moments before and after, status, reason
     """Scale and shift each layer's weights so that its output on `batch` has the wanted mean and standard deviation.
 
     Layer-sequential unit variance (Mishkin & Matas 2016, arXiv:1511.06422) with the fast.ai course's mean correction,
@@ -69,7 +71,13 @@ def lsuv_(
         (True, 3, 1.0)
     """
     options = Options(mean, std, per_channel, modules, exclude, init, tol, max_iter, residual)
-    return run(model, as_call(batch), options)
+    call = as_call(batch)
+    try:
+        return run(model, call, options)
+    except TypeError as error:
+        if call[0] and batch is not call[0][0] and "positional argument" in str(error):
+            add_to_message(error, "a tuple or list of inputs is unpacked, model(*inputs): give it without the targets")
+        raise
 
 
 def run(model: nn.Module, call: Call, options: Options, as_it_stands: bool = False) -> LSUVReport:
@@ -95,6 +103,11 @@ def run(model: nn.Module, call: Call, options: Options, as_it_stands: bool = Fal
 
 def as_call(batch: Any) -> Call:
     """Return a forward's arguments for a batch: a tensor, a tuple or list of inputs, or a mapping of keyword inputs."""
+    if isinstance(batch, nn.Module):
+        raise TypeError(f"batch is a {type(batch).__name__}: expected lsuv_(model, batch), in this order")
+    if isinstance(batch, np.ndarray) or hasattr(batch, "one_batch") or isinstance(batch, DataLoader):
+        how = "torch.as_tensor(batch)" if isinstance(batch, np.ndarray) else "the inputs of one batch of it"
+        raise TypeError(f"batch is a {type(batch).__name__}: expected tensors, such as {how}")
     if isinstance(batch, Mapping):
         return (), dict(batch)
     return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
@@ -123,7 +136,7 @@ def _look(correction: Correction, dry_run: DryRun, layers: list[Layer], options:
 
 def _check(model: nn.Module, call: Call) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r}: expected a torch.nn.Module")
+        raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise ValueError(f"{name!r} is lazy and not initialised yet: send a batch through the model first")

@@ -16,6 +16,7 @@ from audit import differences, fingerprint, parameter_bits
 from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision.models.feature_extraction import create_feature_extractor
+from transformers import BertConfig, BertModel
 
 from fastai_lsuv import lsuv_
 from fastai_lsuv.core.copies import copied
@@ -268,6 +269,22 @@ def test_what_a_forward_writes_to_parameters_buffers_and_hooks_goes_with_the_cop
     named = [n for n, _ in net.named_parameters() if n.rpartition(".")[0] in layers.split()]
     report = untouched_but(net, batch, *(() if options else named), **options)
     assert len(report) >= 1
+
+
+@pytest.mark.parametrize("option", ["output_hidden_states", "output_attentions"])
+def test_a_transformer_that_collects_what_its_layers_put_out_collects_as_much_as_before(option):
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    config = BertConfig(vocab_size=50, attn_implementation="eager", **sizes, **{option: True})
+    net, ids = BertModel(config).eval(), torch.randint(3, 50, (2, 12))
+    states = {"output_hidden_states": lambda out: out.hidden_states, "output_attentions": lambda out: out.attentions}
+
+    def hooks():
+        return sum(len(m._forward_hooks) for m in net.modules())
+
+    before = hooks()
+    lsuv_(net, dict(input_ids=ids))
+    assert hooks() == before
+    assert len(states[option](net(ids))) == 2 + (option == "output_hidden_states")
 
 
 def test_graphs_for_training_and_evaluation_stay_what_they_were():

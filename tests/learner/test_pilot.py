@@ -196,13 +196,7 @@ def torch_loaders(data):
     ("kind", "data", "fed"),
     [
         pytest.param(Unpacks, PAIRS, FED, id="unpacks"),
-        pytest.param(
-            Mixed,
-            PAIRS,
-            FED | {"scale": 3.0},
-            id="mixed",
-            marks=pytest.mark.xfail(strict=True, reason="until `run` takes positional and keyword arguments"),
-        ),
+        pytest.param(Mixed, PAIRS, FED | {"scale": 3.0}, id="mixed"),
         pytest.param(HuggingFace, DICTS, FED, id="dict batches"),
     ],
 )

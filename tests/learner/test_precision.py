@@ -13,7 +13,7 @@ from audit import audit, differences, fingerprint, outputs_of, parameter_bits
 from fastai.torch_core import to_float
 from fastai.vision.all import Callback, CancelFitException
 from learners import Spy, exact, learner, ran
-from models import Shared, Stumble, convnet, images, rows
+from models import Shared, Stumble, Tally, convnet, images, rows
 from torch import nn
 from zoo import xresnet18
 
@@ -98,7 +98,7 @@ class Dtypes(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.seen = Tally()
 
     def forward(self, x):
         self.seen.append(x.dtype)

@@ -17,7 +17,7 @@ from torch import nn
 from witness import records
 
 from fastai_lsuv import ActivationStatsRecorder
-from fastai_lsuv.recording.sampling import HIST_BINS, HIST_RANGE
+from fastai_lsuv.recording.description import HIST_BINS, HIST_RANGE
 
 ALL = dict(with_hist=True, with_grad=True, valid=True)
 
