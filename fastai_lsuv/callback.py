@@ -55,7 +55,7 @@ class LSUVCallback(Callback):
     order = ChannelsLast.order / 2
     _learn: Learner | None = None
     _watch: LoadWatch | None = None
-    _decision: Decision | None = None  # a refusal
+    _decision: Decision | None = None  # not to run
 
     def __init__(
         self,

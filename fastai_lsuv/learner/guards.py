@@ -26,7 +26,7 @@ _DECISION = "_decision"  # of the report and the callback
 
 @dataclass
 class Decision:
-    """What was decided about a model, once: its report keeps that it has had LSUV, a callback that it is refused.
+    """What was decided about a model: it has had LSUV, as its report keeps, or is refused it, as a callback keeps.
 
     A copy, like one that was loaded, doesn't know the model: it is about the one of the Learner that it came with.
     """
@@ -66,11 +66,10 @@ def keep(learn: Learner, report: LSUVReport) -> None:
 
 
 def settle(learn: Learner, cb: Callback, sign: str) -> Decision:
-    """Return what is decided by a `refusal`. The callback keeps that a model is refused; another one's report goes."""
-    decision = decision_on(learn) or Decision(_layers_of(learn.model), sign)
+    """Have the callback keep what a `refusal` decides, which may be that of another process; return it."""
+    decision = vars(cb)[_DECISION] = decision_on(learn) or Decision(_layers_of(learn.model), sign)
     if sign:
-        vars(cb)[_DECISION] = decision
-        vars(learn).pop(_REPORT, None)
+        vars(learn).pop(_REPORT, None)  # one on another model
     return decision
 
 
