@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastai_lsuv.core.dry_run import Call, DryRun
@@ -20,6 +21,7 @@ from fastai_lsuv.core.statistics import Moments, moments
 # branch, a standardised weight) would be scaled for ever, to weights of nothing or without bound: a wrong answer.
 _LEAST_EFFECT = 0.5
 _NO_EFFECT = 0.05
+_NO_CHANGE = 0.01  # of the std when the weight is doubled
 # What centring may then ask for. A bounded activation (tanh to std 1) would ask for more and more.
 _LARGEST_FACTOR = math.log(4.0)
 
@@ -82,14 +84,24 @@ def correct_block(
         knobs.turn(target, running)
         before, seen = seen, run()
         if tries == 0 and (effect := _effect(centre, before, seen)) < _LEAST_EFFECT:
-            knobs.reset(running)
-            if abs(effect) < _NO_EFFECT:
+            if block.owner is None:  # nothing but a weight of its own could scale it
+                block.skip(Skip.NOT_AFFINE)
+            if abs(effect) < _NO_EFFECT and _is_idle(knobs, before, run, running):
                 block.skip(Skip.NO_EFFECT)
+            knobs.reset(running)
             return False
         block.n_iter += 1
         best = min(best, (block.target.error(seen), knobs.position), key=lambda pair: pair[0])
     knobs.turn(best[1], running)
     return best[0] <= options.tol
+
+
+def _is_idle(knobs: ScaleAndShift, before: Moments, run: Callable[[], Moments], running: nn.Module | None) -> bool:
+    """Whether doubling the weight changes nothing."""
+    doubled = torch.zeros_like(knobs.position)
+    doubled[0] = math.log(2.0)
+    knobs.turn(doubled, running)
+    return abs(float(run().std / before.std) - 1) < _NO_CHANGE
 
 
 def _effect(log_factor: float, before: Moments, after: Moments) -> float:

@@ -128,10 +128,15 @@ class Correction:
 
     def _settle(self) -> bool:
         """Skip what could not be corrected; return whether a layer was put back, so that those behind it are off."""
-        put_back = [self._skip(layer, why) for layer, why in self.hopeless.items()]
+        put_back = [self.leave(layer, why) for layer, why in self.hopeless.items()]
         return any(put_back)
 
-    def _skip(self, layer: Layer, why: Skip) -> bool:
+    def take_up(self, layer: Layer) -> None:
+        """Correct a layer, too, from the next pass on."""
+        self.layers[layer.module] = layer
+
+    def leave(self, layer: Layer, why: Skip) -> bool:
+        """Leave a layer as it was before; return whether it had been changed."""
         layer.skip(why)
         del self.layers[layer.module]
         self.shared.drop(layer)

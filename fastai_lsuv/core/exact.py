@@ -107,13 +107,14 @@ def scaled(layer: Layer, y: Tensor, step: Step) -> Tensor:
 
 def rescale(affine: AffineParameters, scale: Tensor, shift: Tensor, values: Sequence[Tensor] | None = None) -> None:
     """Make an output `scale` times what it is (or was, with weights of these `values`), plus `shift`."""
-    weight, *bias = values or affine.both
-    scale, shift = scale.to(weight.device), shift.to(weight.device) / affine.gain
+    values = values or affine.all
+    scale, shift = scale.to(values[0].device), shift.to(values[0].device) / affine.gain
     factor = affine.per_channel(scale) if affine.per_channel and scale.dim() else scale
-    _assign(affine.weight, weight, factor)
+    for weight, value in zip(affine.scaled, values, strict=False):
+        _assign(weight, value, factor)
     if affine.bias is not None:
-        shape = bias[0].shape if scale.dim() else ()
-        _assign(affine.bias, bias[0], scale.reshape(shape), shift.reshape(shape))
+        shape = values[-1].shape if scale.dim() else ()
+        _assign(affine.bias, values[-1], scale.reshape(shape), shift.reshape(shape))
 
 
 def _assign(parameter: Tensor, value: Tensor, factor: Tensor, offset: Tensor | None = None) -> None:

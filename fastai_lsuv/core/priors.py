@@ -1,0 +1,48 @@
+"""Biases that were set on purpose: all alike and not 0, as no initialiser of PyTorch's leaves them.
+
+In a head such a bias says what is to be expected before anything is learned, as a detector's -4.6 does (Lin et al.
+2017, arXiv:1708.02002, section 4.1): there the output gets the bias as its mean. What is ahead of another layer is
+centred as ever, with a note: that layer would take any mean up into its own bias.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from fastai_lsuv.core.affine import is_known_affine
+from fastai_lsuv.core.dry_run import DryRun
+from fastai_lsuv.core.layers import Layer
+from fastai_lsuv.core.modules import is_scripted
+from fastai_lsuv.core.reasons import Note
+from fastai_lsuv.core.statistics import on_host
+
+
+def find_priors(dry_run: DryRun) -> dict[nn.Module, float]:
+    """Return the layers of known types whose bias was set on purpose, and the value."""
+    own = [(m, m._parameters) for m in dry_run.names if not is_scripted(m) and is_known_affine(m)]
+    biased = [(m, p["weight"], p["bias"]) for m, p in own if p["bias"] is not None and p["bias"].numel()]
+    biased = [(m, w, b) for m, w, b in biased if b.is_floating_point() and not b.is_meta]
+    values = on_host([torch.stack([b.detach().amin(), b.detach().amax()]).float() for _, _, b in biased])
+    found = {}
+    for (m, weight, bias), (low, high) in zip(biased, values, strict=True):
+        drawn = 1 / math.sqrt(max(weight[0].numel(), 1)) if bias.numel() == 1 else 0.0  # what PyTorch draws from
+        if low == high and abs(float(low)) > 1.01 * drawn:
+            found[m] = float(low)
+    return found
+
+
+def keep_priors(layers: Iterable[Layer], priors: Mapping[nn.Module, float], heads: Collection[nn.Module]) -> None:
+    """Want the bias as the mean of heads with one that was set on purpose; say of other layers that it is moved."""
+    for layer in layers:
+        if layer.module not in priors or layer.skipped:
+            continue
+        if layer.module in heads:
+            layer.target = replace(layer.target, mean=priors[layer.module])
+            layer.note(Note.PRIOR)
+        elif layer.target.mean is not None:
+            layer.note(Note.BIAS_MOVED)
