@@ -20,6 +20,7 @@ from fastai_lsuv.core.statistics import Moments, moments
 # The first step scales alone, by f; the std must follow by f^0.5 at least. One that follows much less (a residual
 # branch, a standardised weight) would be scaled for ever, to weights of nothing or without bound: a wrong answer.
 _LEAST_EFFECT = 0.5
+_MOST_EFFECT = 1.5  # of a weight of its own, in which it would have to be linear
 _NO_EFFECT = 0.05
 _NO_CHANGE = 0.01  # of the std when the weight is doubled
 # What centring may then ask for. A bounded activation (tanh to std 1) would ask for more and more.
@@ -83,10 +84,13 @@ def correct_block(
         target[0] = target[0].clamp(centre - _LARGEST_FACTOR, centre + _LARGEST_FACTOR)
         knobs.turn(target, running)
         before, seen = seen, run()
-        if tries == 0 and (effect := _effect(centre, before, seen)) < _LEAST_EFFECT:
-            if block.owner is None:  # nothing but a weight of its own could scale it
+        effect = _effect(centre, before, seen) if tries == 0 else 1.0
+        has_own_weight = block.owner is None and block.affine is not None
+        if effect < _LEAST_EFFECT or (has_own_weight and effect > _MOST_EFFECT):
+            if has_own_weight:
                 block.skip(Skip.NOT_AFFINE)
-            if abs(effect) < _NO_EFFECT and _is_idle(knobs, before, run, running):
+            knobs.reset(running)
+            if abs(effect) < _NO_EFFECT and _is_idle(block, before, run):
                 block.skip(Skip.NO_EFFECT)
             knobs.reset(running)
             return False
@@ -96,11 +100,10 @@ def correct_block(
     return best[0] <= options.tol
 
 
-def _is_idle(knobs: ScaleAndShift, before: Moments, run: Callable[[], Moments], running: nn.Module | None) -> bool:
-    """Whether doubling the weight changes nothing."""
-    doubled = torch.zeros_like(knobs.position)
-    doubled[0] = math.log(2.0)
-    knobs.turn(doubled, running)
+def _is_idle(block: Layer, before: Moments, run: Callable[[], Moments]) -> bool:
+    """Whether to double the weight, and nothing else, changes nothing."""
+    for weight in block.affine.scaled if block.affine else ():
+        weight.data.mul_(2)
     return abs(float(run().std / before.std) - 1) < _NO_CHANGE
 
 

@@ -53,7 +53,7 @@ def has_parameters(module: nn.Module) -> bool:
 def containers(module: nn.Module) -> Iterator[nn.Module]:
     """Yield lists and dictionaries beneath a module, which have no forward of their own."""
     for child in module.children():
-        if type(child).forward is nn.Module.forward:
+        if not is_scripted(child) and type(child).forward is nn.Module.forward:
             yield child
             yield from containers(child)
 

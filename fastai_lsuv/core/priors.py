@@ -1,7 +1,7 @@
 """Biases that were set on purpose: all alike and not 0, as no initialiser of PyTorch's leaves them.
 
 In a head such a bias says what is to be expected before anything is learned, as a detector's -4.6 does (Lin et al.
-2017, arXiv:1708.02002, section 4.1): there the output gets the bias as its mean. What is ahead of another layer is
+2017, arXiv:1708.02002, section 4.1): there the output keeps its mean. What is ahead of another layer is
 centred as ever, with a note: that layer would take any mean up into its own bias.
 """
 
@@ -37,12 +37,15 @@ def find_priors(dry_run: DryRun) -> dict[nn.Module, float]:
 
 
 def keep_priors(layers: Iterable[Layer], priors: Mapping[nn.Module, float], heads: Collection[nn.Module]) -> None:
-    """Want the bias as the mean of heads with one that was set on purpose; say of other layers that it is moved."""
+    """Have heads keep their mean whose bias was set on purpose; say of other layers that such a bias is moved."""
     for layer in layers:
-        if layer.module not in priors or layer.skipped:
+        if layer.module not in priors or layer.skipped or layer.before is None:
             continue
+        bias, mean = priors[layer.module], float(layer.before.mean.double().mean())
+        if not abs(mean - bias) < abs(bias) / 2:
+            continue  # a layer that has been centred has such a bias, too
         if layer.module in heads:
-            layer.target = replace(layer.target, mean=priors[layer.module])
+            layer.target = replace(layer.target, mean=mean)
             layer.note(Note.PRIOR)
         elif layer.target.mean is not None:
             layer.note(Note.BIAS_MOVED)

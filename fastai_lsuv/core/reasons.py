@@ -34,4 +34,4 @@ class Note(str, Enum):
     NO_BIAS = "no bias, mean kept"
     ONE_SIGN = "one sign, mean kept"
     OTHERS = "other weights kept"  # that meet the input in the same module, ahead of what is corrected
-    PRIOR = "prior bias, mean kept"  # one that was set on purpose, in a head: its mean is that bias
+    PRIOR = "prior bias, mean kept"  # one that was set on purpose, in a head

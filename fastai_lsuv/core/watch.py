@@ -180,11 +180,11 @@ class Watch:
     def _probe(self, module: nn.Module, parameters: list[Tensor], call: Call, mixing: bool) -> AffineParameters | None:
         inside = [m for _, m in named_modules(module) if m is not module]
         contains_layers = any(m in self.seen and self.is_layer(m) for m in inside)
-        attempts = [small_noise(call, samples=1 if contains_layers else 2)]
-        if not contains_layers:  # to run those on the whole batch would cost as much as a pass
-            attempts.append(call)
         multiplied = [p for which in self.seen[module].multiplied for p in which if p.is_floating_point()]
         with self.dry_run.replay(self.dry_run.snapshot(module, with_hooks=False)) as run:
+            attempts = [small_noise(call, samples=1 if contains_layers else 2)]
+            if not contains_layers:  # to run those on the whole batch would cost as much as a pass
+                attempts.append(call)
             for inputs in attempts:
                 # a module may refuse fewer samples or other values, in ways of its own
                 with suppress(Exception):

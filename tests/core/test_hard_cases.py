@@ -306,7 +306,7 @@ def test_no_load_hook_stays(how, trained):
         {"modules": lambda m: None},
         {"exclude": ""},
     ],
-    ids=str,
+    ids=lambda option: next(iter(option)) + "=" + type(next(iter(option.values()))).__name__,
 )
 def test_odd_options(option):
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))

@@ -130,7 +130,9 @@ class Loop(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell])
-@pytest.mark.parametrize("options", [{}, {"init": nn.init.orthogonal_}, {"modules": ["cell", "head"]}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"init": nn.init.orthogonal_}, {"modules": ["cell", "head"]}], ids=["default", "init", "modules"]
+)
 def test_recurrent_weights_are_named_and_left_alone(kind, options):
     net, x = Loop(kind), rows()
     bits = parameter_bits(net)
