@@ -201,14 +201,12 @@ class Discovery:
         rows = {layer.module: layer for layer in self.layers}
         in_hand = {p for layer in self.layers for p in layer.touched}
         for which in products.multiplied:
-            if not which.isdisjoint(in_hand):
-                continue
             module, names = home_of(which, self.dry_run, self.watch.seen)
-            if module is None or module in self.watch.excluded:
+            if not which.isdisjoint(in_hand) or module is None or module in self.watch.excluded:
                 continue
-            if module not in rows:
-                rows[module] = layer = self._layer(module)
-                self.layers.append(layer)
+            if module not in rows:  # a table of entries that is a weight, too
+                rows[module] = self._layer(module)
+                self.layers.append(rows[module])
             rows[module].name_weights(names)
 
     def _mark(self, layers: list[Layer]) -> None:

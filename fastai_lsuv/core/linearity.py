@@ -46,7 +46,7 @@ class Linearity:
 
     def ahead(self, func: OpOverload, call: Any, multiplied: _Weights) -> Callable[[Any], None] | None:
         """Try an operation on other values, before it is run; return what notes what it puts out."""
-        taken = [(x, self.lines[place]) for x, place in placed(call) if place in self.lines]
+        taken = [(x, self.lines[place]) for x, place in placed(call) if place in self.lines] if self.lines else []
         if not taken:
             return None
         carrying = [(x, line.carriers) for x, line in taken if line.carriers]

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastai_lsuv.core.affine import is_known_affine
 from fastai_lsuv.core.dry_run import DryRun
@@ -24,13 +24,13 @@ from fastai_lsuv.core.statistics import on_host
 
 def find_priors(dry_run: DryRun) -> dict[nn.Module, float]:
     """Return the layers of known types whose bias was set on purpose, and the value."""
-    own = [(m, m._parameters) for m in dry_run.names if not is_scripted(m) and is_known_affine(m)]
-    biased = [(m, p["weight"], p["bias"]) for m, p in own if p["bias"] is not None and p["bias"].numel()]
-    biased = [(m, w, b) for m, w, b in biased if b.is_floating_point() and not b.is_meta]
-    values = on_host([torch.stack([b.detach().amin(), b.detach().amax()]).float() for _, _, b in biased])
+    layers = [m for m in dry_run.names if not is_scripted(m) and is_known_affine(m)]
+    biased = [(m, b.detach()) for m in layers if (b := m._parameters["bias"]) is not None and _has_value(b)]
+    values = on_host([torch.stack([bias.amin(), bias.amax()]).float() for _, bias in biased])
     found = {}
-    for (m, weight, bias), (low, high) in zip(biased, values, strict=True):
-        drawn = 1 / math.sqrt(max(weight[0].numel(), 1)) if bias.numel() == 1 else 0.0  # what PyTorch draws from
+    for (m, bias), (low, high) in zip(biased, values, strict=True):
+        n_inputs = m.weight.numel() // bias.numel()  # type: ignore[union-attr,operator]
+        drawn = 1 / math.sqrt(max(n_inputs, 1)) if bias.numel() == 1 else 0.0  # the largest that PyTorch draws
         if low == high and abs(float(low)) > 1.01 * drawn:
             found[m] = float(low)
     return found
@@ -42,10 +42,15 @@ def keep_priors(layers: Iterable[Layer], priors: Mapping[nn.Module, float], head
         if layer.module not in priors or layer.skipped or layer.before is None:
             continue
         bias, mean = priors[layer.module], float(layer.before.mean.double().mean())
-        if not abs(mean - bias) < abs(bias) / 2:
-            continue  # a layer that has been centred has such a bias, too
+        counts = abs(bias) > float(layer.before.std.double().mean()) and abs(mean - bias) < abs(bias) / 2
+        if not counts:  # as in a layer that has been centred
+            continue
         if layer.module in heads:
             layer.target = replace(layer.target, mean=mean)
             layer.note(Note.PRIOR)
         elif layer.target.mean is not None:
             layer.note(Note.BIAS_MOVED)
+
+
+def _has_value(bias: Tensor) -> bool:
+    return bias.numel() > 0 and bias.is_floating_point() and not bias.is_meta

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastai_lsuv.core.copies import tensors_in
 from fastai_lsuv.core.dry_run import Call
@@ -88,11 +89,16 @@ class Products(Trace):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Look away for the length of a `with` block."""
+        is_innermost = _get_current_dispatch_mode() is self
         self.is_paused = True
+        if is_innermost:  # so that operations don't even come here
+            self.__exit__(None, None, None)
         try:
             yield
         finally:
             self.is_paused = False
+            if is_innermost:
+                self.__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and note what comes out of what."""
@@ -113,13 +119,10 @@ class Products(Trace):
 
     def _note_use(self, func: Any, seen: list[tuple[Tensor, _Trail]]) -> None:
         returns = func._schema.returns if isinstance(func, OpOverload) else ()
-        if any(r.alias_info is not None and not r.alias_info.is_write for r in returns) or not self.at_work:
-            return  # a view
-        for x, trail in seen:
-            if trail.weights:
-                for _, place in placed(x):
-                    if place in self.home:
-                        self.users.setdefault(self.home[place], set()).add(self.at_work[-1])
+        places = [place for x, trail in seen if trail.weights for _, place in placed(x) if place in self.home]
+        if places and not any(r.alias_info is not None and not r.alias_info.is_write for r in returns):  # no view
+            for place in places:
+                self.users.setdefault(self.home[place], set()).add(self.at_work[-1])
 
     def _note_product(self, packet: Any, args: Any) -> None:
         if packet in _FACTORS:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 SHAPED = [  # operations that take no more than the shape of another tensor
     getattr(torch.ops.aten, name)
@@ -34,7 +33,11 @@ class Trace(TorchDispatchMode):
 
 def tensors(nested: Any) -> list[Tensor]:
     """Return all tensors of what an operation takes or gives."""
-    return [o for o in tree_leaves(nested) if isinstance(o, Tensor)]
+    if isinstance(nested, Tensor):
+        return [nested]
+    if isinstance(nested, dict):
+        return tensors([*nested.values()])
+    return [x for o in nested for x in tensors(o)] if isinstance(nested, (list, tuple)) else []
 
 
 def placed(nested: Any) -> Iterator[tuple[Tensor, StorageWeakRef]]:

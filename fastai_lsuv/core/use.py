@@ -29,7 +29,7 @@ def own_of_root(dry_run: DryRun) -> set[Tensor]:
     root = dry_run.model
     its_own = [root, *containers(root)]
     if is_parametrized(root):
-        its_own += root.parametrizations.modules()  # type: ignore[union-attr,arg-type]
+        its_own += root.parametrizations.modules()  # type: ignore[union-attr]
     return {p for m in its_own if m in dry_run.names for p in dry_run.working(m).values() if p is not None}
 
 

@@ -109,6 +109,8 @@ class Watch:
         seen.is_transformed |= y is not None and torch._C._functorch.is_functorch_wrapped_tensor(y)
         if seen.is_transformed:
             return
+        if is_first:
+            seen.multiplied = self._multiplied(module)
         if is_first and not (y is not None and self.last_output is y and module not in self.wanted):
             self._examine(module, call, y)
         if y is not None and self.is_judged(module):
@@ -145,24 +147,27 @@ class Watch:
     def _examine(self, module: nn.Module, call: Call, y: Tensor | None) -> None:
         seen = self.seen[module]
         if is_known_affine(module):
-            known = known_parameters(module, self.dry_run.working(module))
-            if known.weight.is_complex():
-                seen.multiplied = [frozenset([known.weight])]
-            else:
-                seen.affine = known
+            seen.affine = None if seen.multiplied else known_parameters(module, self.dry_run.working(module))
             return
-        own = [p for p in self._own_parameters(module) if p.numel()]
-        is_gain = isinstance(module, GAIN_TYPES)
-        if not own or isinstance(module, RECURRENT_TYPES) or (is_gain and module not in self.wanted):
+        parameters = [p for p in self._own_parameters(module) if p.is_floating_point() and p.numel()]
+        without = isinstance(module, RECURRENT_TYPES) or (isinstance(module, GAIN_TYPES) and module not in self.wanted)
+        if not parameters or without:
             return
-        if self.products is not None and not is_gain:
-            seen.multiplied = [which for which in self.products.multiplied if not which.isdisjoint(own)]
-        parameters = [p for p in own if p.is_floating_point()]
         if module is self.dry_run.model:
             if self.products is not None and y is not None:  # to run it again would be to run the whole
                 seen.affine = self.products.linearity.affine_parameters(y, seen.multiplied)
-        elif parameters:
+        else:
             self._ask_probe(module, parameters, call)
+
+    def _multiplied(self, module: nn.Module) -> list[Weights]:
+        """Its weights that have met the input; of a layer of a known type only if it can't be corrected."""
+        if is_known_affine(module):
+            weight: Tensor = self.dry_run.working(module)["weight"]  # type: ignore[assignment]
+            return [frozenset([weight])] if weight.is_complex() else []
+        if self.products is None or isinstance(module, (*GAIN_TYPES, *RECURRENT_TYPES)):
+            return []
+        own = self._own_parameters(module)
+        return [which for which in self.products.multiplied if not which.isdisjoint(own)]
 
     def _ask_probe(self, module: nn.Module, parameters: list[Tensor], call: Call) -> None:
         seen = self.seen[module]
