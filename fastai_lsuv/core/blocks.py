@@ -39,9 +39,15 @@ def correct_in_pass(
         def measure() -> Moments:
             return moments(_first(run(call)))
 
+        knobs = ScaleAndShift(block, dry_run, seen)
+        if block.owner is None and _is_idle(block, seen, measure):
+            block.skip(Skip.NO_EFFECT)
+        knobs.reset(snapshot)
+        if block.skipped:
+            return None
         if _centres(block) and is_one_sided(y, seen):
             block.keep_mean(Note.ONE_SIGN)
-        knobs = ScaleAndShift(block, dry_run, seen)
+            knobs = ScaleAndShift(block, dry_run, seen)
         right = correct_block(block, knobs, seen, measure, options, snapshot)
         if not right and block.n_iter and _centres(block):
             y = _first(run(call))

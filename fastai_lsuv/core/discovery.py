@@ -85,9 +85,9 @@ class Discovery:
 
     def look_again(self) -> tuple[list[Layer], list[Layer]]:
         """Measure the corrected network; return layers that run only now, and those that run no longer."""
-        known = [x for x in self.layers if x.module in self.watch.seen and not self.watch.seen[x.module].is_transformed]
+        known = [x for x in self.layers if x.module in self.watch.seen]
         unseen = self._unseen()
-        self.look([x for x in known if x.before is not None or x.after is not None], "after", unseen)
+        self.look([x for x in known if self.watch.seen[x.module].moments is not None], "after", unseen)
         new = {layer.module: layer for layer in self._called(m for m in unseen if m in self.watch.seen)}
         for layer in new.values():
             layer.before, layer.after = None, layer.before

@@ -20,6 +20,7 @@ from fastai_lsuv.core.tracing import placed, tensors
 
 _FACTOR = -0.7  # a sign and a fraction: neither a homogeneous nor a rounded function passes for linear
 _Weights = frozenset[Tensor]
+_Carrier = tuple[Tensor, _Weights]  # an input of an operation, and the parameters in which it is linear
 _Outputs = list[Tensor] | None  # of an operation; None where it can't be run on other values
 
 
@@ -50,12 +51,10 @@ class Linearity:
         if not taken:
             return None
         carrying = [(x, line.carriers) for x, line in taken if line.carriers]
-        together = {id(x): _FACTOR * x for x, _ in carrying}
-        attempts = [(_union(which for _, which in carrying), _varied(func, call, together))] if carrying else []
-        if len({id(x) for x, _ in carrying}) > 1:  # of two that are multiplied with each other, the later one, no gain
-            carrying = [pair for is_gain in (False, True) for pair in reversed(carrying)
-                        if pair[1].isdisjoint(multiplied) == is_gain]  # fmt: skip
-            attempts += [(which, _varied(func, call, {id(x): _FACTOR * x})) for x, which in carrying]
+        attempts = [
+            (_union(which for _, which in some), _varied(func, call, {id(x): _FACTOR * x for x, _ in some}))
+            for some in _choices(carrying, multiplied)
+        ]
         shifted = {
             b: _varied(func, call, {id(x): x + line.shift[b] for x, line in taken if b in line.shift})
             for b in {b for _, line in taken for b in line.shift}
@@ -88,6 +87,19 @@ class Linearity:
             matrices=tuple(matrices),
             partners=tuple(line.carriers - {weight, bias}),
         )
+
+
+def _choices(carrying: list[_Carrier], multiplied: _Weights) -> list[list[_Carrier]]:
+    """Which of an operation's inputs may carry the scale of what it puts out together.
+
+    All of them, in a sum; of those that are multiplied with each other the last one that isn't a mere gain.
+    """
+    if not carrying:
+        return []
+    gains = [pair for pair in carrying if pair[1].isdisjoint(multiplied)]
+    weights = [pair for pair in carrying if not pair[1].isdisjoint(multiplied)]
+    but_one = [[other for other in carrying if other is not pair] for pair in (*gains, *weights)]
+    return [carrying, *(some for some in but_one if some), *([pair] for pair in reversed([*gains, *weights]))]
 
 
 def _union(sets: Any) -> _Weights:

@@ -29,7 +29,7 @@ def find_priors(dry_run: DryRun) -> dict[nn.Module, float]:
     values = on_host([torch.stack([bias.amin(), bias.amax()]).float() for _, bias in biased])
     found = {}
     for (m, bias), (low, high) in zip(biased, values, strict=True):
-        n_inputs = m.weight.numel() // bias.numel()  # type: ignore[union-attr,operator]
+        n_inputs = m.weight.numel() // bias.numel()  # type: ignore[operator]
         drawn = 1 / math.sqrt(max(n_inputs, 1)) if bias.numel() == 1 else 0.0  # the largest that PyTorch draws
         if low == high and abs(float(low)) > 1.01 * drawn:
             found[m] = float(low)

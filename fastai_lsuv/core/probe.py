@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -24,9 +25,8 @@ def first_tensor(output: Any) -> Tensor | None:
     """Return the first floating-point tensor of an output, however nested, or None; of a nested tensor its values."""
     if isinstance(output, Tensor) and output.layout is torch.strided and not output.is_nested:
         return output if output.is_floating_point() else None
-    leaves = (o for o in tree_leaves(output) if isinstance(o, Tensor))
-    y = next((y for o in leaves if (y := _dense(o)) is not None), None)
-    return next((y for o in tensors_in(output) if (y := _dense(o)) is not None), None) if y is None else y
+    everything = chain((o for o in tree_leaves(output) if isinstance(o, Tensor)), tensors_in(output))
+    return next((y for o in everything if (y := _dense(o)) is not None), None)
 
 
 def has_more(output: Any, y: Tensor) -> bool:
@@ -181,12 +181,9 @@ class _Probe:
             if bias not in zero and (gain := self._gain(bias)):
                 bare = self._with(zero | {bias: torch.zeros_like(bias)})
                 if self._vanishes(bare):
-                    found = AffineParameters(weight, bias, gain, partners=partners)
-                    return found if partners else self._with_channels(found)
-        if not self._vanishes(self._with(zero)):
-            return None
-        found = AffineParameters(weight, partners=partners)
-        return found if partners else self._with_channels(found)
+                    return self._with_channels(AffineParameters(weight, bias, gain, partners=partners))
+        off = self._with(zero)
+        return self._with_channels(AffineParameters(weight, partners=partners)) if self._vanishes(off) else None
 
     def _gain(self, bias: Tensor) -> float:
         """By how much every output moves when 1 is added to `bias`; 0 if not all move alike."""
@@ -206,6 +203,8 @@ class _Probe:
 
     def _with_channels(self, found: AffineParameters) -> AffineParameters:
         """The same with the dimensions of weight and output that count the channels, where there are such."""
+        if found.partners:
+            return found
         weight, value = found.weight, _nonzero(found.weight)
         off = self._with({weight: torch.zeros_like(weight)})
         part = self._with({weight: value}) - off

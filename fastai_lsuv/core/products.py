@@ -92,13 +92,13 @@ class Products(Trace):
         is_innermost = _get_current_dispatch_mode() is self
         self.is_paused = True
         if is_innermost:  # so that operations don't even come here
-            self.__exit__(None, None, None)
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
             self.is_paused = False
             if is_innermost:
-                self.__enter__()
+                self.__enter__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and note what comes out of what."""

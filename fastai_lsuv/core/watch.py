@@ -156,8 +156,8 @@ class Watch:
         if module is self.dry_run.model:
             if self.products is not None and y is not None:  # to run it again would be to run the whole
                 seen.affine = self.products.linearity.affine_parameters(y, seen.multiplied)
-        else:
-            self._ask_probe(module, parameters, call)
+        elif self.products is None or seen.multiplied or module in self.wanted or not self._contains_layers(module):
+            self._ask_probe(module, parameters, call)  # but for gains of what is inside, each of which would run it
 
     def _multiplied(self, module: nn.Module) -> list[Weights]:
         """Its weights that have met the input; of a layer of a known type only if it can't be corrected."""
@@ -183,8 +183,7 @@ class Watch:
             seen.gain = self._probe(module, parameters, call, mixing=False)
 
     def _probe(self, module: nn.Module, parameters: list[Tensor], call: Call, mixing: bool) -> AffineParameters | None:
-        inside = [m for _, m in named_modules(module) if m is not module]
-        contains_layers = any(m in self.seen and self.is_layer(m) for m in inside)
+        contains_layers = self._contains_layers(module)
         multiplied = [p for which in self.seen[module].multiplied for p in which if p.is_floating_point()]
         with self.dry_run.replay(self.dry_run.snapshot(module, with_hooks=False)) as run:
             attempts = [small_noise(call, samples=1 if contains_layers else 2)]
@@ -195,6 +194,10 @@ class Watch:
                 with suppress(Exception):
                     return find_affine_parameters(run, parameters, inputs, mixing, contains_layers, multiplied)
         return None
+
+    def _contains_layers(self, module: nn.Module) -> bool:
+        inside = [m for _, m in named_modules(module) if m is not module]
+        return any(m in self.seen and self.is_layer(m) for m in inside)
 
     def _own_parameters(self, module: nn.Module) -> list[Tensor]:
         """Its parameters and those of children whose forward has not run: it must use them itself, if anyone does.
