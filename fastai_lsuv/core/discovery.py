@@ -43,7 +43,9 @@ class Discovery:
             self._name_what_is_multiplied(self.products)
         self.layers += self._never_called({p for layer in self.layers for p in layer.weights})
         self.look([x for x in self.layers if x.careful and x.before and not x.before.std.isfinite().all()], "before")
-        self._mark(self.layers)
+        mark_frozen(self.layers, self.dry_run)
+        mark_tied(self.layers, self.dry_run, self._only_shows)
+        mark_starved(self.layers)
         if self.products is not None and not options.only_measures:
             keep_priors(self.layers, self.priors, self.products.heads)
 
@@ -91,10 +93,10 @@ class Discovery:
         new = {layer.module: layer for layer in self._called(m for m in unseen if m in self.watch.seen)}
         for layer in new.values():
             layer.before, layer.after = None, layer.before
-        self._mark([*new.values()])
-        self.layers[:] = [layer for layer in self.layers if layer.module not in self.watch.seen or layer in known]
-        self.layers += new.values()
-        asleep = [x for x in known if x.after is None and x.before is not None and not x.skipped]
+        mark_frozen([*new.values()], self.dry_run)
+        mark_tied([*known, *new.values()], self.dry_run, self._only_shows)
+        self.layers[:] = [*known, *new.values(), *(x for x in self.layers if x.module not in self.watch.seen)]
+        asleep = [x for x in known if x.after is None and self.watch.seen[x.module].moments and not x.skipped]
         woken = [x for x in known if x.after is not None and x.skipped is Skip.NEVER_CALLED]
         for layer in woken:
             layer.skipped = None
@@ -208,11 +210,6 @@ class Discovery:
                 rows[module] = self._layer(module)
                 self.layers.append(rows[module])
             rows[module].name_weights(names)
-
-    def _mark(self, layers: list[Layer]) -> None:
-        mark_frozen(layers, self.dry_run)
-        mark_tied(layers, self.dry_run, self._only_shows)
-        mark_starved(layers)
 
     def _only_shows(self, module: nn.Module, p: Tensor) -> bool:
         """Whether a module ran and has a parameter that it doesn't use itself: one of a layer inside it."""
