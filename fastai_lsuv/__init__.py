@@ -1,43 +1,27 @@
 """Data-driven initialisation (LSUV) for fastai and PyTorch.
 
-The rooms, each built on those above it only:
+Two stories of the same shape, and what they are built on; imports run downwards only:
 
-    errors       what an error says of where it happened
-    stats        moments of a tensor
-    ranks        the processes that train one model together
-    modules      which modules a user means
-    options      what can be asked for
-    init         initialisers for very deep plain networks
-    probe        which parameters carry a module's scale and shift
-    hooks        forward hooks that always go away; a context for one call
-    rehearsal    a forward pass as training will see it, everything restored
-    units        what is measured and corrected
-    survey       the first pass: which units there are
-    branches     which layers end a residual branch
-    solver       a dial for what no single step corrects
-    step         the exact step
-    block        a block, run again until it is right
-    correction   the correcting pass
-    figure       what all figures have in common
-    plots        frames in, figures out: LSUV's own
-    activation_curves, activation_maps
-                 frames in, figures out: activations over the steps of training
-    report       rows, table, frame, figure
-    lsuv         observe, correct, observe: `lsuv_`
-    loop         which part of fastai's training loop is at work
-    evidence     signs that a network has been trained
-    effects      what a callback will do to a batch, as its code says
-    replay       what other callbacks make of a batch, found out on copies
-    batch        one batch from a Learner, without a trace
-    callback     when it runs in fastai: `LSUVCallback`, `learn.lsuv_init`
-    sampling     what a sample of a tensor shows
-    capture      samples of what layers put out in one pass
-    history      a bounded store of records: frame, summary, verdicts
-    reading      how a history is read
-    logs         CSV, TensorBoard, Weights & Biases
+    demo         digits, with LSUV and without: `python -m fastai_lsuv`
+    callback     when LSUV runs in fastai: `LSUVCallback`, `learn.lsuv_init`
     recorder     when activations are recorded: `ActivationStatsRecorder`
-    demo         digits, with and without
+    recording/   samples of outputs, what they show, its history, verdicts, logs
+    learner/     what needs a Learner: its first batch, how it calls the model, what must not be touched
+    core/        the algorithm, on PyTorch alone: `lsuv_`
+    report       what was measured and done: rows, table, frame, verdict
+    plots/       frames in, figures out
+    init         initialisers for very deep networks
+
+In core/, from `lsuv` down: `lsuv_` discovers the layers in a first pass (`discovery`, `probe`), corrects each as it
+runs in a second (`correction`: `exact` in one step; `blocks` and `shared` layers `iterated`), and measures in a third.
+All passes are dry runs (`dry_run`) of copies of the model (`copies`).
 """
+
+import sys
+import warnings
+
+if sys.argv[:1] == ["-m"] and __name__ in sys.orig_argv:  # `python -m fastai_lsuv`: the process is the demo's
+    warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # while fastai is imported
 
 from fastai_lsuv.callback import LSUVCallback
 from fastai_lsuv.core.lsuv import lsuv_

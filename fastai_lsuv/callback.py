@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
-import torch.distributed as dist
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
-from fastai_lsuv.core.lsuv import as_call, lsuv_, run
+from fastai_lsuv.core.errors import CannotRun
+from fastai_lsuv.core.lsuv import lsuv_, run
 from fastai_lsuv.core.options import Options
-from fastai_lsuv.learner.distributed import Ranks, Together
+from fastai_lsuv.learner.distributed import group_of
 from fastai_lsuv.learner.first_batch import as_fed
-from fastai_lsuv.learner.guards import LoadWatch, copied, signs_of_training
+from fastai_lsuv.learner.guards import Decision, decision_on, judge, keep
+from fastai_lsuv.learner.loads import LoadWatch
 from fastai_lsuv.learner.loop import came_through_fit
 from fastai_lsuv.report import LSUVReport, few
 
@@ -25,7 +27,7 @@ from fastai_lsuv.report import LSUVReport, few
 class LSUVCallback(Callback):
     """Initialise a fresh network by LSUV before the first step of its first fit: `lsuv_` as a fastai `Callback`.
 
-    Runs once per Learner, and never where weights are not the callback's to change: in `validate`, `get_preds` and
+    Runs once per model, and never where weights are not the callback's to change: in `validate`, `get_preds` and
     the like, in later fits, on networks that have been trained or loaded. The report is then in `report` and in
     `learn.lsuv_report`.
 
@@ -63,8 +65,6 @@ class LSUVCallback(Callback):
         super().__init__()
         self.batch, self.verbose, self.options = batch, verbose, kwargs
         self.report: LSUVReport | None = None
-        self.declined: str | None = None
-        self.told = False
 
     @property
     def learn(self) -> Learner | None:
@@ -75,11 +75,11 @@ class LSUVCallback(Callback):
     def learn(self, learn: Learner | None) -> None:
         self._stop_watching()
         self.__dict__["_learn"] = learn  # past fastai's check for names that the Learner has, too
-        if learn is not None and not _has_had_lsuv(learn):
-            self.__dict__["_watch"] = LoadWatch(learn.model)
+        if learn is not None and decision_on(learn) is None:
+            self.__dict__["_watch"] = LoadWatch(learn, learn.model)
 
     def before_fit(self) -> None:
-        """Run LSUV if this is the first real fit of a fresh network."""
+        """Run LSUV if this is the first real fit of a fresh model."""
         learn = self._learn
         assert learn is not None
         if not came_through_fit(learn):
@@ -91,65 +91,60 @@ class LSUVCallback(Callback):
         self._stop_watching()
 
     def _run_once(self, learn: Learner) -> None:
-        with _ranks_of(learn) as ranks:
-            if (report := ranks.first("whether LSUV has run", vars(learn).get("lsuv_report"))) is not None:
-                learn.lsuv_report = report
-                self._tell_of_thawed_layers(learn)
-            elif sign := ranks.first("whether it is fresh", self._sign(learn)):
-                self._say_once(f"LSUV: not run, because {sign}; learn.lsuv_init() would do it all the same")
-            else:
-                self.report = _initialise(learn, self.batch, self.options, ranks, begun=self.order)
-                self._say(self.report.summary())
-
-    def _sign(self, learn: Learner) -> str | None:
-        """What says that the network isn't fresh; once said, it holds for good."""
-        self.declined = self._seen_load() or self.declined or next(signs_of_training(learn), None)
-        return self.declined
-
-    def _seen_load(self) -> str | None:
-        return "weights were loaded into the model" if self._watch is not None and self._watch.loaded else None
+        group = group_of(learn)
+        decision = group.first(lambda: decision_on(learn) or judge(learn))
+        if decision is None:
+            try:
+                self.report = _initialise(learn, self.batch, self.options, begun=self.order)
+                line = self.report.summary()
+            except CannotRun as error:  # training can do without LSUV
+                line = f"LSUV: not run, because {error}"
+        else:
+            keep(learn, decision)
+            line = "" if decision.told else _what_to_tell(learn, decision)
+            decision.told = decision.told or bool(line)
+        if line and self.verbose and group.rank == 0:
+            print(line)
 
     def _stop_watching(self) -> None:
         if self._watch is not None:
-            self.declined = self._seen_load() or self.declined
-            self._watch.remove()
+            self._watch.end()
             self.__dict__["_watch"] = None
 
-    def _tell_of_thawed_layers(self, learn: Learner) -> None:
-        """Say which layers were frozen when LSUV ran, and train from now on."""
-        modules = dict(learn.model.named_modules())
-        frozen = [row.name for row in learn.lsuv_report if row.reason == "frozen" and row.name in modules]
-        thawed = [name for name in frozen if all(p.requires_grad for p in modules[name].parameters())]
-        if thawed:
-            self._say_once(f"LSUV: unfrozen since it ran, and not corrected, are {len(thawed)} layers: {few(thawed)}")
-
-    def _say_once(self, text: str) -> None:
-        if not self.told:
-            self._say(text)
-        self.told = True
-
-    def _say(self, text: str) -> None:
-        if self.verbose and _ranks_of(self._learn).rank == 0:
-            print(text)
-
     def __getstate__(self) -> dict[str, Any]:
-        """Without training data and without the watch, which stays behind in this process."""
-        declined = self._seen_load() or self.declined
-        return super().__getstate__() | {"batch": None, "declined": declined, "_watch": None}
+        """All but training data."""
+        return super().__getstate__() | {"batch": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LSUVCallback:
-        """With both, the watch on the copied model."""
-        return copied(self, memo)
+        """Copy the batch, too."""
+        new = memo[id(self)] = copy.copy(self)
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+
+def _what_to_tell(learn: Learner, decision: Decision) -> str:
+    """Return why LSUV doesn't run, or which layers were frozen when it ran and train from now on."""
+    if decision.report is None:
+        return (
+            f"LSUV: not run: this network looks trained ({decision.refused}). Usually right, nothing to do. "
+            "To overwrite its weights anyway: learn.lsuv_init()"
+        )
+    modules = dict(learn.model.named_modules())
+    frozen = [row.name for row in decision.report if row.reason == "frozen" and row.name in modules]
+    thawed = [name for name in frozen if all(p.requires_grad for p in modules[name].parameters())]
+    return f"LSUV: unfrozen since it ran, and not corrected, are {len(thawed)} layers: {few(thawed)}" if thawed else ""
 
 
 @patch
 @delegates(lsuv_)
 def lsuv_init(
     self: Learner,
-    batch: Any = None,  # a batch as the DataLoaders give it, `(xb, yb)`; `None` takes one from `learn.dls`
+    batch: Any = None,  # a batch as the DataLoaders give it, `(xb, yb)`; `None`: the callback's, or one of `learn.dls`
     **kwargs: Any,
 ) -> LSUVReport:  # a row for each unit, in execution order; kept as `learn.lsuv_report`, too, unless it only measured
     """Initialise the model by LSUV (Mishkin & Matas 2016, arXiv:1511.06422) now, whatever state it is in: `lsuv_`.
+
+    Where the Learner has an `LSUVCallback`, its options are the defaults.
 
     Raises:
         ValueError: an option out of its range, and whatever else `lsuv_` raises.
@@ -166,28 +161,37 @@ def lsuv_init(
         >>> learn.lsuv_init(exclude="head").converged
         True
     """
-    with _ranks_of(self) as ranks:
-        Options.of("lsuv_init", kwargs)
-        self.model.to(getattr(self.dls, "device", None))  # as every fit and validation does
-        return _initialise(self, batch, kwargs, ranks)
+    Options.of("lsuv_init", kwargs)
+    for cb in self._grab_cbs(LSUVCallback):
+        batch, kwargs = cb.batch if batch is None else batch, cb.options | kwargs
+    self.model.to(getattr(self.dls, "device", None))  # as every fit and validation does
+    return _initialise(self, batch, kwargs)
 
 
-def _initialise(
-    learn: Learner, batch: Any, options: dict[str, Any], ranks: Ranks, begun: float = -math.inf
-) -> LSUVReport:
+def _initialise(learn: Learner, batch: Any, options: dict[str, Any], begun: float = -math.inf) -> LSUVReport:
     checked = Options(**options)
-    with as_fed(learn, batch, begun, ranks) as inputs:
-        report = run(learn.model, as_call(inputs), checked)
+    report = group_of(learn).initialise(
+        learn.model, as_fed(learn, batch, begun), lambda call: run(learn.model, call, checked, as_it_stands=True)
+    )
     if not checked.only_measures:  # a diagnosis is no initialisation
-        learn.lsuv_report = report
+        keep(learn, Decision(report))
     return report
 
 
-def _ranks_of(learn: Learner) -> Ranks:
-    """All processes that train this Learner's model, if fastai's `DistributedTrainer` says that there are several."""
-    several = "distributed_trainer" in vars(learn) and dist.is_available() and dist.is_initialized()
-    return Together(next(learn.model.parameters()).device) if several else Ranks()
+_ask_the_model = Learner.__getattr__
 
 
-def _has_had_lsuv(learn: Learner) -> bool:
-    return "lsuv_report" in vars(learn)
+def _getattr(self: Learner, name: str) -> Any:
+    """Delegate to the model as ever; but where there is no report say why, for the model's own error helps nobody."""
+    if name != "lsuv_report":
+        return _ask_the_model(self, name)
+    if (decision := decision_on(self)) and decision.refused:
+        why = f"this network looks trained ({decision.refused}); to overwrite its weights anyway: learn.lsuv_init()"
+    elif self._grab_cbs(LSUVCallback):
+        why = "it will when the first fit begins; to run it now: learn.lsuv_init()"
+    else:
+        why = "fit with LSUVCallback(), or call learn.lsuv_init()"
+    raise AttributeError(f"there is no lsuv_report, as LSUV has not run on this model: {why}")
+
+
+Learner.__getattr__ = _getattr

@@ -70,12 +70,13 @@ def digits_dls(
     std, mean = torch.std_mean(x[train])
     block = DataBlock(
         blocks=(TransformBlock, CategoryBlock),
+        get_items=lambda images: list(zip(images, digits.tolist(), strict=True)),  # of a source fastai makes a string
         get_x=ItemGetter(0),
         get_y=ItemGetter(1),
         splitter=IndexSplitter(valid),
     )
     with no_random(seed):  # a fastai DataLoader seeds its shuffling from Python's `random`
-        return block.dataloaders(list(zip((x - mean) / std, digits.tolist(), strict=True)), bs=bs, num_workers=0)
+        return block.dataloaders((x - mean) / std, bs=bs, num_workers=0)
 
 
 def plain_cnn(
@@ -122,9 +123,10 @@ def main(
     args = _parser().parse_args(argv)
     learners, recorders = {}, {}
     for run, cbs in zip(RUNS, ([], [LSUVCallback(verbose=False)]), strict=True):
-        print(f"\n{run}: {args.depth} layers, {args.act}, fit_one_cycle({args.epochs}, {args.lr:g})")
+        print(f"{run}: {args.depth} layers, {args.act}, fit_one_cycle({args.epochs}, {args.lr:g})")
         recorders[run] = ActivationStatsRecorder()
         learners[run] = _train(args, [*cbs, recorders[run]])
+        print()
 
     before, after = RUNS
     report = learners[after].lsuv_report.to_frame().set_index("name")
@@ -135,7 +137,7 @@ def main(
 
     plot_demo(stds, accuracies, chance=1 / learners[before].dls.c).savefig(args.out, dpi=120)
     plot_runs({run: recorder.to_frame() for run, recorder in recorders.items()}).savefig(activations, dpi=100)
-    print(f"\n{learners[after].lsuv_report}")
+    print(learners[after].lsuv_report)
     print(f"\nactivations over the training\n{_beside(recorders)}")
     print(f"\nvalidation accuracy\n{accuracies.to_string(float_format='{:.3f}'.format)}")
     print(f"\nfigures: {args.out}, {activations}")
@@ -181,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m fastai_lsuv",
         description="Train a plain deep CNN on scikit-learn's digits: with PyTorch's default weights, then with LSUV.",
+        epilog="It runs on one thread, on which so small a network is fastest; OMP_NUM_THREADS sets another number.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument

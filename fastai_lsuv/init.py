@@ -143,7 +143,7 @@ def critical_std(
 
 
 def for_layer(init: Callable[..., Any], layer: nn.Module, first: bool) -> Callable[[Tensor], Any]:
-    """The initialiser, told of the layer what it has parameters for and a weight cannot show.
+    """Return the initialiser, given what it has parameters for and a weight cannot show.
 
     `groups` (`nn.init.dirac_` has it, too) and `transposed` of a convolution, and `first`: whether no other layer ran
     before it.
@@ -155,8 +155,8 @@ def for_layer(init: Callable[..., Any], layer: nn.Module, first: bool) -> Callab
         known = inspect.signature(init).parameters
     except (TypeError, ValueError):  # of a builtin
         return init
-    told = {name: fact for name, fact in facts.items() if name in known}
-    return partial(init, **told) if told else init
+    known_facts = {name: fact for name, fact in facts.items() if name in known}
+    return partial(init, **known_facts) if known_facts else init
 
 
 def _centre_blocks(tensor: Tensor, groups: int, name: str) -> list[tuple[int, int]]:

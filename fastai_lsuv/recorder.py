@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from weakref import ref
 
-import torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import LRFinder
-from fastai.torch_core import get_model, rank_distrib
-from torch import Tensor, nn
+from fastai.torch_core import rank_distrib
+from torch import nn
 
-from fastai_lsuv.core.hooks import NextCall
-from fastai_lsuv.core.random_state import RandomState
-from fastai_lsuv.core.selection import Choice, chosen, excluded, layers_and_activations
-from fastai_lsuv.learner.loop import came_through_fit, phase_of_batch
-from fastai_lsuv.recording.capture import Capture, Outbox, columns
-from fastai_lsuv.recording.history import History, Record
+from fastai_lsuv.core.modules import plain
+from fastai_lsuv.core.selection import Choice
+from fastai_lsuv.learner.loop import at_end_of_next_stage, came_through_fit, phase_of_batch
+from fastai_lsuv.recording.budget import Budget, Clock, DeviceClock
+from fastai_lsuv.recording.capture import Capture, columns
+from fastai_lsuv.recording.history import History, Layer, Record
+from fastai_lsuv.recording.layers import is_known, recorded_layers
 from fastai_lsuv.recording.logs import CSVLog, logs_to_wandb, to_tensorboard, to_wandb
 from fastai_lsuv.recording.reading import Reading
+from fastai_lsuv.recording.session import Session, Where
 
 
 class ActivationStatsRecorder(Reading, Callback):
@@ -31,7 +31,10 @@ class ActivationStatsRecorder(Reading, Callback):
     that is near zero. Nothing in training changes, to the bit. A hook copies a sample of the output (about
     `fastai_lsuv.recording.sampling.SAMPLE` values, evenly spread: mean and std are within 2 % of the std; all values of
     smaller outputs) and waits for nothing. Of it, shares and histograms count about 4,096 values. What the samples
-    show leaves the device in bulk. A compiled model runs uncompiled in the batches that are recorded.
+    show is computed for all layers together, and leaves the device in bulk.
+
+    What runs between `before_batch` and the next event is seen, whoever calls it; hooks are on the model for that time
+    only. A compiled model runs uncompiled in the batches that are recorded.
 
     Raises:
         ValueError: `every` or `max_records` below 1, `near_zero` below 0; when a fit starts, names that match nothing
@@ -60,45 +63,35 @@ class ActivationStatsRecorder(Reading, Callback):
         >>> figures = recorder.plot_stats(), recorder.dead_chart(), recorder.color_dim(), recorder.plot_layer_stats(0)
     """
 
-    # behind all others, fastai's last (`SkipToEpoch`) and users': what they make of a batch or raise in `before_batch`
-    # comes first, and loggers have logged
+    # Behind all others, fastai's last (`SkipToEpoch`) and users': what they make of a batch or raise in `before_batch`
+    # comes first, and loggers have logged. But while the model is watched ahead of all others: whatever event comes,
+    # nothing that they do is seen, and they find no hook on the model.
     order = math.inf
 
     def __init__(
         self,
-        modules: Choice = None,  # any modules, as for `lsuv_`; `None`: leaves with parameters, and activations
+        modules: Choice = None,  # any modules, as for `lsuv_`; `None`: every leaf but PyTorch's for pooling, …
         exclude: Choice = None,  # the same forms: these, and everything beneath them, are left out
-        every: int = 1,  # each n-th training batch (and validation batch) is recorded
+        every: int | Literal["auto"] = 1,  # each n-th batch of training (and validation); "auto": at 2 % of the time
         with_hist: bool = False,  # histograms, too: `sampling.HIST_BINS` bins over `HIST_RANGE`
         with_grad: bool = False,  # mean and std of the gradient of each output, loss scaling taken out
         valid: bool = False,  # validation batches, too
         near_zero: float = 0.05,  # |x| up to this counts as near zero
         max_records: int = 2000,  # kept in memory; when full, every other old one is dropped
         fname: str | Path | None = None,  # CSV file in `learn.path`: written after every epoch, an old one continued
+        verbose: bool = True,  # say at the end of a fit what could not be recorded
     ) -> None:
         _check(every=every, near_zero=near_zero, max_records=max_records)
         super().__init__()
         self.modules, self.exclude, self.every, self.with_hist = modules, exclude, every, with_hist
-        self.with_grad, self.valid, self.near_zero, self.fname = with_grad, valid, near_zero, fname
+        self.with_grad, self.valid, self.near_zero = with_grad, valid, near_zero
+        self.fname, self.verbose = fname, verbose
         self.run_valid = valid
         self._history = History(max_records, columns(with_hist, with_grad))
-        self._fit, self._steps, self._first_step = -1, 0, 0
         self._csv: CSVLog | None = None
-        self._forget()
-
-    def _forget(self) -> None:
-        """Let go of the model and of all tensors."""
-        self._layers: list[ref[nn.Module]] = []  # none: this fit is not recorded
-        self._places: list[int] = []  # of the layers in the history
-        self._outbox: Outbox[tuple[int, int, int, str]] = Outbox()
-        self._forget_batch()
-
-    def _forget_batch(self) -> None:
-        self._where: tuple[int, int, int, str] | None = None  # the batch at hand, if it is one of a fit's own
-        self._capture: Capture | None = None
-        self._call: NextCall | None = None
-        self._loss: Tensor | None = None  # as it was before it was scaled for mixed precision
-        self._scale: Tensor | float = 1.0  # by how much it was
+        self._fits = self._steps = 0  # so far
+        self._model: ref[nn.Module] | None = None  # of the last fit that was recorded
+        self._session: Session | None = None  # none: this fit is not recorded
 
     # when: real batches of real fits
 
@@ -107,54 +100,72 @@ class ActivationStatsRecorder(Reading, Callback):
         learn = self.learn
         if not came_through_fit(learn):  # a validation, perhaps in the middle of a fit
             return
-        self._end_batch()  # what an interrupted fit has left
-        self._flush()
-        self._forget()
+        self._let_go()  # of what an interrupted fit has left
         if learn._grab_cbs(LRFinder) or rank_distrib():
             return
-        model = _unwrapped(learn.model)
-        random_state = RandomState()  # a module that draws numbers may be tried: is it an activation?
-        picked = layers_and_activations(model) if self.modules is None else chosen(model, self.modules)
-        random_state.restore()
-        names = {module: name.replace("_orig_mod.", "") for name, module in model.named_modules()}  # compiled parts
-        layers = sorted(set(picked) - excluded(model, self.exclude), key=list(names).index)
+        layers = recorded_layers(learn.model, self.modules, self.exclude)
         if self.fname is not None and self._csv is None:
             self._csv = CSVLog(Path(learn.path) / self.fname, self._history.frame([]).columns.tolist())
-        self._places = self._history.add_layers([names[m] for m in layers], [type(m).__name__ for m in layers])
-        self._layers, self._fit, self._first_step = [ref(m) for m in layers], self._fit + 1, self._steps
+        model = plain(learn.model)
+        if self._model is not None and self._model() is not model:
+            self._history.start_over()
+        places = self._history.add_layers({n: Layer(type(m).__name__, is_known(m)) for n, m in layers.items()})
+        capture, budget = Capture([*layers.values()], self.with_grad), Budget(_clock_of(model))
+        self._model, self._session = ref(model), Session(self._fits, self._steps, [*layers], places, capture, budget)
+        self._fits += 1
+        at_end_of_next_stage(learn, self._look_away)
 
     def before_batch(self) -> None:
-        """Watch the coming forward."""
-        phase = phase_of_batch(self.learn) if self._layers else None
-        if phase is None:
+        """Watch what the model does from now to the next event."""
+        if self._session is None:
+            return
+        self._look_away()  # the Learner may fetch predictions in between
+        if (phase := phase_of_batch(self.learn)) is None:
             return
         self._end_batch()  # another callback may have cut the last one short, or the epoch with it
-        self._where = self._fit, self.epoch, self._steps, phase
-        if (self._steps if self.training else self.iter) % self.every == 0:
-            layers = [module for layer in self._layers if (module := layer()) is not None]  # all: they are the model's
-            self._capture = Capture(len(layers), self.with_grad)
-            self._call = NextCall(self.learn.model, partial(self._capture.watch, self.learn.model, layers))
+        is_due = self._is_due(self._session.budget)
+        self._session.begin(Where(self._session.fit, self.epoch, self._steps, phase), is_due)
+        self.order = -math.inf
+
+    def _is_due(self, budget: Budget) -> bool:
+        """Whether the batch is one of those to be recorded."""
+        if self.every == "auto":
+            return budget.begin_step(self.iter == 0) if self.training else self.iter % budget.every == 0
+        return bool((self._steps if self.training else self.iter) % self.every == 0)
+
+    def _look_away(self) -> None:
+        """What runs from here on may be other callbacks' doing, or a forward pass that is made again."""
+        self.order = math.inf
+        if self._session is not None:
+            self._session.capture.stop()
+
+    def after_pred(self) -> None:
+        """The forward pass is over."""
+        self._look_away()
 
     def after_loss(self) -> None:
         """Note the loss before it is scaled for mixed precision."""
-        if self._capture is not None and self.with_grad and self.training:
-            self._loss = _plain(self.learn.loss_grad).clone()
+        self._look_away()
+        if self._session is not None and self.training:
+            self._session.note_loss(vars(self.learn).get("loss_grad"))
 
     def after_backward(self) -> None:
         """Note by how much it was scaled."""
-        if self._loss is not None:
-            scale = _plain(self.learn.loss_grad) / self._loss
-            self._scale, self._loss = torch.where(self._loss == 0, 1.0, scale), None
+        if self._session is not None:
+            self._session.note_scaled(vars(self.learn).get("loss_grad"))
 
     def after_batch(self) -> None:
         """Compute what the samples show."""
-        if self._where is not None and phase_of_batch(self.learn) is not None:
+        if self._session is not None and phase_of_batch(self.learn) is not None:
+            self._session.n_batches += 1
             self._end_batch()
 
     def after_epoch(self) -> None:
         """Bring everything to where it is kept."""
         self._end_batch()
         self._flush()
+        if self._session is not None and self.epoch + 1 < self.n_epoch and came_through_fit(self.learn):
+            at_end_of_next_stage(self.learn, self._look_away)
 
     def after_cancel_fit(self) -> None:
         """The same, before loggers close at the end of the fit."""
@@ -162,38 +173,45 @@ class ActivationStatsRecorder(Reading, Callback):
         self._flush()
 
     def after_fit(self) -> None:
-        """The same, and let go of the model."""
-        if self._layers and came_through_fit(self.learn):
+        """The same, say what could not be recorded, and let go of the model."""
+        if self._session is not None and came_through_fit(self.learn):
             self._end_batch()
-            self._flush()
-            self._forget()
+            complaint = self._session.complaint()
+            self._let_go()
+            if self.verbose and complaint:
+                print(f"ActivationStatsRecorder: {complaint}")
 
     def _end_batch(self) -> None:
-        """Keep the batch at hand, if there is one and the model got through it, and count it."""
-        if self._where is None:
+        """Keep the batch at hand, if there is one, and count it."""
+        session = self._session
+        if session is None or session.at is None:
             return
-        if self._call is not None:
-            self._call.cancel()  # another callback may have cancelled the batch before its forward
-        if self._capture is not None and self._capture.complete:
-            self._outbox.add(self._where, self._capture.statistics(self.near_zero, self.with_hist, self._scale))
-        self._steps += self._where[-1] == "train"
-        self._forget_batch()
-        if self._outbox.full or logs_to_wandb(self.learn):
+        self._look_away()
+        self._steps += session.at.phase == "train"
+        session.end(self.near_zero, self.with_hist)
+        if session.device_buffer.full or logs_to_wandb(self.learn):
             self._flush()
+
+    def _let_go(self) -> None:
+        """Of the model and of all tensors."""
+        self._look_away()
+        self._flush()
+        self._session = None
 
     def _flush(self) -> None:
         """Move the records that wait on the device to the history and the logs."""
-        sent = self._outbox.empty()
-        if not sent:
+        session = self._session
+        sent = session.device_buffer.empty() if session is not None else []
+        if session is None or not sent:
             return
-        records = [Record(*where, values=self._history.placed(values, self._places)) for where, values in sent]
+        records = [Record(*at, values=self._history.placed(values, session.places)) for at, values in sent]
         for record in records:
             self._history.add(record)
         frame = self._history.frame(records)
         if self._csv is not None:
             self._csv.write(frame)
         if self.learn is not None:
-            to_tensorboard(self.learn, frame, self._first_step)
+            to_tensorboard(self.learn, frame, session.first_step)
             to_wandb(self.learn, frame)
 
     # what travels
@@ -201,24 +219,17 @@ class ActivationStatsRecorder(Reading, Callback):
     def __getstate__(self) -> dict[str, Any]:
         """With the history, without the model and what is on its device."""
         self._flush()
-        forgotten = {"_layers": [], "_places": [], "_outbox": Outbox(), "_capture": None, "_call": None, "_loss": None}
-        forgotten["_where"] = None
-        return super().__getstate__() | forgotten | {"_scale": 1.0}
+        return super().__getstate__() | {"_session": None, "_model": None}
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside what compiles it or spreads it over devices, in whatever order."""
-    inner = get_model(getattr(model, "_orig_mod", model))
-    return model if inner is model else _unwrapped(inner)
-
-
-def _plain(loss: Tensor) -> Tensor:
-    """Without its graph and without fastai's type."""
-    return loss.detach().as_subclass(Tensor)
+def _clock_of(model: nn.Module) -> Clock:
+    """What tells how long its steps take."""
+    on_cuda = any(p.is_cuda for p in model.parameters())
+    return DeviceClock() if on_cuda else Clock()
 
 
 def _check(every: Any, near_zero: Any, max_records: Any) -> None:
-    for name, value in (("every", every), ("max_records", max_records)):
+    for name, value in (("every", 1 if every == "auto" else every), ("max_records", max_records)):
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name}={value!r}: expected a whole number")
         if value < 1:

@@ -51,7 +51,7 @@ class LSUVReport(Sequence[Row]):
     algorithm 1 of Mishkin & Matas (2016, arXiv:1511.06422) looks at and does.
 
     Raises:
-        KeyError: a name that no unit has.
+        KeyError: a name that no layer has.
         IndexError: a number beyond the last row.
 
     Example:
@@ -72,7 +72,7 @@ class LSUVReport(Sequence[Row]):
 
     def __init__(
         self,
-        rows: Sequence[Row],  # one a unit, in execution order
+        rows: Sequence[Row],  # one per layer, in execution order
         n_forward: int,  # passes of the whole model that were made
         seconds: float,  # wall time of all
         mean: float | None = 0.0,  # wanted mean
@@ -95,26 +95,29 @@ class LSUVReport(Sequence[Row]):
         for row in self.rows:
             if row.name == key:
                 return row
-        raise KeyError(f"{key!r}: no such unit; there are {', '.join(repr(row.name) for row in self.rows)}")
+        raise KeyError(f"{key!r}: no such layer; there are {', '.join(repr(row.name) for row in self.rows)}")
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.rows or any(row.name == key for row in self.rows)
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 
     @property
     def converged(self) -> bool:  # False: a row's status is `not_converged`
-        """Whether every unit that wasn't skipped has the wanted mean and std."""
+        """Whether every layer that wasn't skipped has the wanted mean and std."""
         return all(row.status != "not_converged" for row in self.rows)
 
-    def to_frame(self) -> pd.DataFrame:  # one row a unit, the columns of `Row`
+    def to_frame(self) -> pd.DataFrame:  # one row per layer, the columns of `Row`
         """All rows, for pandas."""
         return pd.DataFrame([asdict(row) for row in self.rows], columns=[f.name for f in fields(Row)])
 
     def plot(self) -> Figure:  # of matplotlib
-        """Draw the mean and standard deviation of every unit, before beside after."""
+        """Draw the mean and standard deviation of every layer, before beside after."""
         return plot_report(self.to_frame(), mean=self.mean, std=self.std)
 
     def summary(self) -> str:  # one line
-        """How many units, worst mean and std before → after, seconds, what was skipped and why."""
+        """How many layers, worst mean and std before → after, seconds, what was skipped and why."""
         if not self.rows:
             return f"LSUV: nothing to correct, {self.seconds:.2f} s"
         done = [row for row in self.rows if row.status != "skipped"]

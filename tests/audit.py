@@ -1,4 +1,4 @@
-"""Independent measurement, nothing of ours imported: what a model's layers really put out, and what it is to the bit."""
+"""Independent measurement, nothing of ours imported: what layers really put out, and what a model is to the bit."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def bits(t):
 
 
 def fingerprint(model) -> dict:
-    "Everything that can be told of a model: values to the bit, flags, gradients, hooks, attributes and which objects they are."
+    "All that tells a model: values to the bit, flags, gradients, hooks, attributes and which objects they are."
     prints = {}
     for name, m in model.named_modules(remove_duplicate=False):
         prints["module", name] = Is(m), type(m), m.training
@@ -288,7 +288,7 @@ class Is:
 
 
 def differences(before: dict, after: dict, but=()) -> list:
-    "The keys of two fingerprints that differ; values of the parameters named in `but` may (their object must be the same)."
+    "Keys of two fingerprints that differ; values of parameters named in `but` may (the object must be the same)."
     out = []
     for key in dict.fromkeys(itertools.chain(before, after)):
         old, new = before.get(key), after.get(key)

@@ -1,4 +1,4 @@
-"""What must hold after LSUV, said once: every layer at its target by the audit, or skipped for a reason that is true."""
+"""What must hold after LSUV, said once: every layer at its target by the audit, or skipped for a true reason."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def assert_exact(model, batch, report, before, *, mean=0.0, std=1.0, tol=TOL, ma
 
 
 def assert_others(model, batch, report, records, std, tol):
-    "Units of which the audit knows no type (it can't tell which of them can be shifted): std, and what the row says of it."
+    "Units of no type that the audit knows (which can be shifted, it can't tell): std, and what the row says of it."
     names = {row.name for row in report if row.status in ("corrected", "unchanged")} - {r.name for r in records}
     for name, (got_mean, got_std) in outputs_of(model, batch, names).items():
         row = report[name]

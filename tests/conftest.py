@@ -1,109 +1,70 @@
-"""After every test: nothing of ours left behind, neither a hook nor a setting."""
+"""How tests run: on the CPU, whatever the machine has, each process on one thread; with `--device cuda` on the GPU."""
 
-import functools
-import random
-import sys
-import warnings
-from functools import partial
+import os
+from pathlib import Path
 
-import fastai.vision.all  # noqa: F401  (imports set filters and backends once, before any test looks at them)
-import matplotlib
-import numpy as np
 import pytest
-import sklearn.datasets  # noqa: F401
-import timm  # noqa: F401
-import torch
-import torch.nn.modules.module as module_module
-import torchvision  # noqa: F401
-from torch import nn
 
-import fastai_lsuv  # noqa: F401
-
-matplotlib.use("Agg")
-torch.set_num_threads(1)  # the models are small, and other people use these cores too
-
-REGISTER = (
-    "register_forward_hook",
-    "register_forward_pre_hook",
-    "register_full_backward_hook",
-    "register_full_backward_pre_hook",
-    "register_backward_hook",
-)
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
+TESTS = Path(__file__).parent
+FOR_THE_GPU = ("core", "learner", "recording", "test_gpu.py", "test_recorder.py", "test_together.py")
 
 
-def owner(fn):
-    "The name of the module in which a hook was written, through partials, wrappers and bound methods."
-    while isinstance(fn, partial) or hasattr(fn, "__wrapped__"):
-        fn = fn.func if isinstance(fn, partial) else fn.__wrapped__
-    return getattr(fn, "__module__", None) or type(fn).__module__
-
-
-def ours(fn):
-    return owner(fn).split(".")[0] == "fastai_lsuv"
-
-
-def settings():
-    "All that a library could have changed for everyone."
-    return dict(
-        filters=[f for f in warnings.filters if not torch_s(f)],
-        rc=dict(matplotlib.rcParams),
-        dtype=torch.get_default_dtype(),
-        grad=torch.is_grad_enabled(),
-        inference=torch.is_inference_mode_enabled(),
-        autocast=torch.is_autocast_enabled("cpu"),
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        threads=torch.get_num_threads(),
-        fastpath=torch.backends.mha.get_fastpath_enabled(),
-        new_method=nn.Module.__call__,
-        hooks=[list(getattr(module_module, g)) for g in GLOBAL],
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: the tests of the algorithm, the Learner and the recorder, and of what only a GPU shows, on the GPU",
     )
 
 
-def torch_s(warning_filter):
-    "Of PyTorch before 2.10, which adds it whenever it compiles."
-    return getattr(warning_filter[3], "pattern", None) == "torch.distributed"
+def pytest_configure(config):
+    "Before PyTorch is imported, which reads these once; what tests start in processes of their own inherits them."
+    on_gpu = config.getoption("device") == "cuda"
+    os.environ["OMP_NUM_THREADS"] = "1"  # the models are small, and there is a process for each core
+    if on_gpu:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it the same training gives other bits each time
+        refuse_without_gpu()
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if config.getoption("dist", "no") == "no":  # a process that runs tests, not the one that deals them out
+        config.pluginmanager.import_plugin("left_behind")
+        tell_libraries(on_gpu)
+
+
+def refuse_without_gpu():
+    import torch
+
+    if not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: PyTorch finds no NVIDIA GPU")
+
+
+def tell_libraries(on_gpu):
+    import torch
+    from fastai.torch_core import default_device
+
+    default_device(use=on_gpu)
+    torch.use_deterministic_algorithms(on_gpu, warn_only=True)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("device") == "cuda":
+        config.hook.pytest_deselected(items=[item for item in items if room(item) not in FOR_THE_GPU])
+        items[:] = [item for item in items if room(item) in FOR_THE_GPU]
+
+
+def room(item):
+    "The folder or file of `tests` that a test is in."
+    return item.path.relative_to(TESTS).parts[0] if item.path.is_relative_to(TESTS) else None
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind(monkeypatch):
-    "Keeps every module on which a hook is registered alive until the test is over, then looks for hooks of ours."
-    hooked = {}
-    for name in REGISTER:
-        monkeypatch.setattr(nn.Module, name, recording(getattr(nn.Module, name), hooked))
-    before = settings()
-    yield hooked
-    after = settings()
-    changed = [k for k in before if before[k] != after[k]]
-    assert not changed, f"changed for everyone: {changed}"
-    left = [(type(m).__name__, h) for m in hooked.values() for h in hooks_of(m) if ours(h)]
-    assert not left, f"hooks left on models: {left}"
+def models_on_the_device(request):
+    "The algorithm's tests make theirs there; a Learner brings its own."
+    if request.config.getoption("device") == "cuda" and room(request.node) == "core":
+        import torch
 
-
-def recording(register, hooked):
-    @functools.wraps(register)
-    def inner(self, *args, **kwargs):
-        hooked[id(self)] = self
-        return register(self, *args, **kwargs)
-
-    return inner
-
-
-def hooks_of(m):
-    return [h for name in HOOKS for h in (getattr(m, name, None) or {}).values()]
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    "Every test from the same random state, whatever ran before it."
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def closed_figures():
-    yield
-    if "matplotlib.pyplot" in sys.modules:
-        sys.modules["matplotlib.pyplot"].close("all")
+        with torch.device("cuda"):
+            yield
+    else:
+        yield

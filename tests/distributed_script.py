@@ -1,4 +1,4 @@
-"""What each of two processes does in test_ranks.py: trains as `distrib_ctx` has it, on data of its own, and tells what it saw."""
+"""What each process does in test_distributed.py: train in `distrib_ctx` on data of its own, and tell what it saw."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.distributed import DistributedDL
 from fastai.learner import Learner
-from models import Picky, Shared, Stumble
+from models import Picky, Stumble
 from torch import nn
 
 from fastai_lsuv import ActivationStatsRecorder, LSUVCallback, lsuv_
 
 
 def main(job, rank, port, folder, options):
-    "Run `job` as one of two ranks; result and output go to files in `folder`. (More threads than cores would spin, waiting.)"
+    "Run `job` as one of two ranks; result and output go to files in `folder`. (More threads than cores would spin.)"
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -56,16 +56,11 @@ def broadcast_on_the_cpu(self, t, rank):
     return t.tolist()
 
 
-# --- models -----------------------------------------------------------------------------------------------------------------
+# --- models -----------------------------------------------------------------------------------------------------------
 
 
 def conv(n_in, n_out, *more):
     return nn.Conv2d(n_in, n_out, 3, 2, 1), *more, nn.ReLU(inplace=True)
-
-
-class Branch(nn.Sequential):
-    def forward(self, x):
-        return x + super().forward(x)
 
 
 class Either(nn.Module):
@@ -87,13 +82,7 @@ MODELS = {
     "blocks": lambda: nn.Sequential(
         nn.Sequential(*conv(1, 8)), nn.Sequential(*conv(8, 8), nn.Flatten()), nn.Sequential(nn.Linear(32, 10))
     ),
-    "shared": lambda: nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 10), nn.Tanh(), Shared(2, torch.tanh), nn.Linear(3, 10)
-    ),
     "either": Either,
-    "branches": lambda: nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 10), *(Branch(nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 10)) for _ in range(2))
-    ),
 }
 ERRORS = {
     "value": lambda: ValueError("record 7 is broken"),
@@ -104,7 +93,7 @@ ERRORS = {
 }
 
 
-# --- data: other images on each rank --------------------------------------------------------------------------------------------
+# --- data: other images on each rank ----------------------------------------------------------------------------------
 
 
 class Images:
@@ -134,7 +123,7 @@ def own_batch(rank):
     return images(rank + 2, 24 - 8 * rank), torch.arange(24 - 8 * rank) % 10
 
 
-# --- what is seen ---------------------------------------------------------------------------------------------------------------
+# --- what is seen -----------------------------------------------------------------------------------------------------
 
 
 def state(model):
@@ -205,20 +194,20 @@ def train(rank, model="plain", given=True, lsuv=True, loaded=(), done=(), **opti
     return result | {"second": again.first, "same report": getattr(learn, "lsuv_report", None) is report}
 
 
-def lsuv_init(rank, model="plain", **options):
+def lsuv_init(rank, models=("plain", "plain")):
     "The explicit door, inside the context."
-    net = MODELS[model]()
+    net, error = MODELS[models[rank]](), ""
     own, learn = state(net), learner(rank, net)
     with together(learn):
         try:
-            learn.lsuv_init(own_batch(rank), **options)
-        except Exception as e:
-            return {"error": type(e).__name__, "left": state(net), "own": own}
-    return {"own": own, "after": state(net), "rows": rows(learn)}
+            learn.lsuv_init(own_batch(rank))
+        except RuntimeError as e:
+            error = str(e)
+    return {"own": own, "after": state(net), "rows": rows(learn), "error": error}
 
 
 def fails(rank, where, kind, on=1):
-    "An error in the data, in the `where`-th pass of the model or in its batch, on rank `on` only; and then another try."
+    "An error in the data, in the `where`-th pass of the model or in its batch, on rank `on` only; then another try."
     error = ERRORS[kind]() if rank == on else None
     net = MODELS["plain"](Stumble(error, where if rank == on and isinstance(where, int) else 0))
     own = state(net)
@@ -277,7 +266,7 @@ def recorded(rank, folder):
 
 
 def alone(rank):
-    "When training together is over, rank 0 initialises another model by itself; rank 1 doesn't. (fastai's own `fit` would wait for it.)"
+    "When training together is over, rank 0 initialises another model by itself. (fastai's own `fit` would wait.)"
     learn = learner(rank, MODELS["plain"]())
     with together(learn):
         learn.fit(1)

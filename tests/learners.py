@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from functools import partial
 
@@ -20,15 +21,18 @@ from fastai.vision.all import (
     PILImageBW,
     ProgressCallback,
     accuracy,
+    default_device,
     params,
 )
 from sklearn.datasets import load_digits
 from torch import nn
 
+scans = functools.cache(partial(load_digits, return_X_y=True))
+
 
 def items(n=160):
     "(image, label) pairs."
-    x, y = load_digits(return_X_y=True)
+    x, y = scans()
     return [(np.uint8(x[i].reshape(8, 8) * 15), str(y[i])) for i in range(n)]
 
 
@@ -36,12 +40,13 @@ def digits(n=160, bs=32, item_tfms=None, batch_tfms=None, **kwargs):
     "Digits as fastai's images: everything that fastai does with a Learner works on them."
     block = DataBlock(
         (ImageBlock(PILImageBW), CategoryBlock),
+        get_items=items,  # (fastai makes a string of the source, whether it prints it or not)
         getters=[ItemGetter(0), ItemGetter(1)],
         splitter=IndexSplitter(range(n * 3 // 4, n)),
         item_tfms=item_tfms,
         batch_tfms=batch_tfms,
     )
-    return block.dataloaders(items(n), bs=bs, num_workers=kwargs.pop("num_workers", 0), **kwargs)
+    return block.dataloaders(n, bs=bs, num_workers=kwargs.pop("num_workers", 0), **kwargs)
 
 
 def small_cnn(norm=None, n_out=10):
@@ -63,9 +68,12 @@ def body_and_head(model):
 def learner(dls=None, model=None, path=".", **kwargs):
     "A Learner without progress bars."
     seed(11)
+    model = model if model is not None else small_cnn()
+    if default_device().type == "cuda":
+        model.cuda()  # before the test looks at it for the first time
     learn = Learner(
         dls if dls is not None else digits(),
-        model if model is not None else small_cnn(),
+        model,
         path=path,
         **{"loss_func": CrossEntropyLossFlat(), "metrics": accuracy} | kwargs,
     )

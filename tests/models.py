@@ -13,11 +13,16 @@ from torch import nn
 
 def images(n=8, c=3, side=16, seed=1, dtype=torch.float32):
     "Noise with a mean and a scale of its own, as images are before anyone normalises them."
-    return (torch.rand(n, c, side, side, generator=torch.Generator().manual_seed(seed)) * 2 + 0.3).to(dtype)
+    return drawn(torch.rand, n, c, side, side, seed=seed).mul(2).add(0.3).to(torch.get_default_device(), dtype)
 
 
 def rows(n=64, d=10, seed=1, dtype=torch.float32):
-    return (torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) * 3 + 1).to(dtype)
+    return drawn(torch.randn, n, d, seed=seed).mul(3).add(1).to(torch.get_default_device(), dtype)
+
+
+def drawn(distribution, *shape, seed):
+    "On the CPU: the same numbers on every device."
+    return distribution(*shape, generator=torch.Generator().manual_seed(seed), device="cpu")
 
 
 # --- plain nets ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A dozen of the architectures that `python tests/conformance` goes through, each hard in a way of its own; and that run itself."""
+"""A dozen of the architectures in `python tests/conformance`, each hard in a way of its own; and that run itself."""
 
 import json
 import warnings

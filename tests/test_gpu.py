@@ -1,19 +1,21 @@
 """What only a GPU shows: its autocast, half-precision models, its memory formats, random streams, waits and nccl."""
 
-import os
 import warnings
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from audit import audit, moved, parameter_bits
+from fastai.distributed import DistributedTrainer  # (here, since accelerate adds a warnings filter as it is imported)
 from fastai.vision.all import Callback, MixedPrecision  # noqa: F401  (with it `to_fp16` and its like)
 from learners import Spy, digits, learner, ran, small_cnn
 from models import mlp, rows
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastai_lsuv import ActivationStatsRecorder, LSUVCallback, lsuv_
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and --device cuda")
 EPS = {torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 
@@ -58,8 +60,9 @@ def test_channels_last_stays(dls, tmp_path):
 
 def test_the_random_stream_of_the_device():
     model = nn.Sequential(small_cnn(), nn.Dropout(0.5)).cuda().train()
+    x = torch.randn(32, 1, 8, 8, device="cuda")  # drawn from the stream that is looked at
     before = torch.cuda.get_rng_state()
-    lsuv_(model, torch.randn(32, 1, 8, 8, device="cuda"))
+    lsuv_(model, x)
     assert torch.equal(before, torch.cuda.get_rng_state())
 
 
@@ -102,21 +105,28 @@ def test_lsuv_init_before_any_fit_moves_the_model(dls, tmp_path):
     assert len(moved(before, learn.model)) == len(before)
 
 
-def test_messages_between_ranks_travel_by_nccl(dls, tmp_path, monkeypatch):
-    from fastai.distributed import DistributedTrainer
-
+@pytest.fixture
+def one_rank(monkeypatch):
+    "A process group of one, over nccl."
     for name, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0").items():
-        monkeypatch.setitem(os.environ, name, value)
+        monkeypatch.setenv(name, value)
+    AcceleratorState._reset_state(True)
     torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        learn, alone = learner(dls, path=tmp_path, cbs=LSUVCallback()), learner(dls, path=tmp_path, cbs=LSUVCallback())
-        learn.add_cb(DistributedTrainer(sync_bn=False)).add_cb(spy := Spy())
-        alone.add_cb(spy_alone := Spy())
-        learn.fit(1)
-        alone.fit(1)
-        assert list(spy.states[0].values()) == list(spy_alone.states[0].values())
-    finally:
-        torch.distributed.destroy_process_group()
+    yield
+    torch.distributed.destroy_process_group()
+    AcceleratorState._reset_state(True)
+
+
+def test_messages_between_ranks_travel_by_nccl(dls, tmp_path, one_rank, monkeypatch):
+    learn, alone = learner(dls, path=tmp_path, cbs=LSUVCallback()), learner(dls, path=tmp_path, cbs=LSUVCallback())
+    trainer = DistributedTrainer(sync_bn=False)  # whose accelerate doesn't wrap the model of a process that is alone
+    monkeypatch.setattr(trainer.accelerator, "prepare", lambda m: DistributedDataParallel(m.cuda(), device_ids=[0]))
+    learn.add_cbs([trainer, spy := Spy()])
+    alone.add_cb(spy_alone := Spy())
+    learn.fit(1)
+    alone.fit(1)
+    assert ran(learn)
+    assert list(spy.states[0].values()) == list(spy_alone.states[0].values())
 
 
 class NoWait(Callback):

@@ -13,19 +13,25 @@ PACKAGE = Path(fastai_lsuv.__file__).parent
 ORDER = [
     "core.errors",
     "core.statistics",
-    "learner.distributed",
+    "core.random_state",
+    "core.reasons",
+    "core.modules",
     "core.selection",
+    "core.target",
     "core.options",
+    "core.affine",
+    "core.copies",
+    "core.mode",
+    "core.dry_run",
     "init",
     "core.probe",
-    "core.hooks",
-    "core.dry_run",
     "core.layers",
     "core.discovery",
     "core.branches",
-    "core.iterated",
     "core.exact",
+    "core.iterated",
     "core.blocks",
+    "core.shared",
     "core.correction",
     "plots.style",
     "plots.layers",
@@ -35,12 +41,23 @@ ORDER = [
     "core.lsuv",
     "learner.loop",
     "learner.guards",
-    "learner.effects",
-    "learner.replay",
+    "learner.loads",
+    "learner.distributed",
+    "learner.loaders",
+    "learner.settings",
+    "learner.pilot",
     "learner.first_batch",
     "callback",
     "recording.sampling",
+    "recording.layout",
+    "recording.samples",
+    "recording.description",
+    "recording.layers",
     "recording.capture",
+    "recording.device_buffer",
+    "recording.budget",
+    "recording.session",
+    "recording.verdicts",
     "recording.history",
     "recording.reading",
     "recording.logs",
@@ -109,7 +126,8 @@ def test_importing_says_nothing_and_leaves_the_plotting_backend_alone():
 
 def test_nothing_but_fastai_and_torch_is_needed():
     extras = ("accelerate", "wandb", "tensorboard", "timm", "transformers", "pytest", "hypothesis", "accelerate.utils")
-    code = f"import sys; sys.modules.update(dict.fromkeys({extras})); import fastai_lsuv, fastai_lsuv.demo, fastai_lsuv.init"
+    packages = "fastai_lsuv, fastai_lsuv.demo, fastai_lsuv.init"
+    code = f"import sys; sys.modules.update(dict.fromkeys({extras})); import {packages}"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False
     )

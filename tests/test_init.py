@@ -1,4 +1,4 @@
-"""Initialisers for very deep nets: the singular values and symmetries that they are for, whatever the shape; `init=` tells them of the layer."""
+"""Initialisers for very deep nets: the singular values and symmetries they are for, whatever the shape; and `init=`."""
 
 import inspect
 from functools import partial
@@ -40,7 +40,7 @@ def data(n_in, kernel, n=3):
     return torch.randn(n, n_in, *(k + 2 for k in kernel), dtype=torch.double if kernel else None)
 
 
-# --- delta-orthogonal -----------------------------------------------------------------------------------------------------
+# --- delta-orthogonal -------------------------------------------------------------------------------------------------
 
 
 @TRY
@@ -79,7 +79,7 @@ def test_an_even_kernel_s_centre_is_dirac_s():
     assert torch.equal(delta_orthogonal_(a).abs().sum((0, 1)) > 0, nn.init.dirac_(b).abs().sum((0, 1)) > 0)
 
 
-# --- looks-linear -----------------------------------------------------------------------------------------------------------
+# --- looks-linear -----------------------------------------------------------------------------------------------------
 
 
 @TRY
@@ -149,7 +149,7 @@ def test_depthwise_layers_pass_rectified_channels_on():
     torch.testing.assert_close(m(x), x)
 
 
-# --- both -------------------------------------------------------------------------------------------------------------------
+# --- both -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -181,7 +181,7 @@ def test_impossible_shapes(init):
     assert init(torch.empty(0, 3)).shape == (0, 3)
 
 
-# --- as `init=` ----------------------------------------------------------------------------------------------------------------
+# --- as `init=` -------------------------------------------------------------------------------------------------------
 
 
 def relu_net():
@@ -280,13 +280,13 @@ def test_they_take_what_torch_s_take():
         }
 
 
-# --- the std for a depth --------------------------------------------------------------------------------------------------------
+# --- the std for a depth ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "act",
     [torch.relu, nn.ReLU(inplace=True), nn.LeakyReLU(1 / 3), nn.GELU(), nn.SiLU(), nn.Softplus(), nn.Identity()],
-    ids=str,
+    ids=lambda act: act.__name__ if act is torch.relu else str(act),
 )
 def test_any_std_does_where_the_odd_part_is_linear(act):
     assert critical_std(act, 5) == critical_std(act, 10_000) == 1
@@ -306,7 +306,7 @@ def test_critical_std_falls_with_depth():
 
 @pytest.mark.parametrize("act", [nn.Tanh(), nn.Sigmoid()], ids=str)
 def test_gradients_pass_through_at_the_critical_std_and_explode_at_1(act):
-    "What it promises, in a real network: from the last layer to the first the gradient's variance grows e-fold at most, or little more."
+    "In a real network: from the last layer to the first the gradient's variance grows e-fold at most, or little more."
     depth, width = 60, 128
 
     def growth(std):

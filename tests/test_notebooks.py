@@ -1,4 +1,4 @@
-"""The notebooks as they are committed: executed, of this package alone, small, and linked to what is there. (nbmake runs them.)"""
+"""The notebooks as committed: executed, of this package alone, small, linked to what is there. (nbmake runs them.)"""
 
 import json
 import re

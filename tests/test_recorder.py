@@ -41,7 +41,7 @@ def fitted(learn, *fits, **options):
     return rec, seen.records
 
 
-# --- real training batches, and nothing else -----------------------------------------------------------------------------------------
+# --- real training batches, and nothing else --------------------------------------------------------------------------
 
 
 def test_a_record_for_each_training_batch(make):
@@ -169,7 +169,7 @@ def test_lsuv_s_passes_are_not(make):
     assert_as_seen(rec, seen)
 
 
-# --- several fits, one history -----------------------------------------------------------------------------------------------------------
+# --- several fits, one history ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("door", ["Learner", "fit"])
@@ -220,7 +220,7 @@ def test_another_model_in_the_same_learner(make):
     assert_as_seen(rec, seen)
 
 
-# --- batches that end early --------------------------------------------------------------------------------------------------------------
+# --- batches that end early -------------------------------------------------------------------------------------------
 
 
 class Cancel(Callback):
@@ -245,7 +245,7 @@ class Cancel(Callback):
 @pytest.mark.parametrize("order", [-30, 20, 100])
 @pytest.mark.parametrize("event", ["before_batch", "after_pred", "after_loss"])
 def test_cancelled_batches(make, event, order):
-    "What the model did is recorded, or (cancelled before its record could be made) not; the others' records are as if nothing had happened."
+    "Its record is there, or (cancelled too early) not; the others' records are as if nothing had happened."
     learn = make(cbs=Cancel(event, order=order))
     rec, seen = fitted(learn, lambda learn: learn.fit(2))
     found = records(rec)
@@ -303,7 +303,7 @@ def test_what_the_model_was_fed(make):
     assert_as_seen(rec, seen)
 
 
-# --- which layers ----------------------------------------------------------------------------------------------------------------------------
+# --- which layers -----------------------------------------------------------------------------------------------------
 
 
 CHOICES = {

@@ -1,4 +1,4 @@
-"""The public surface, letter by letter: a change to it is a decision, never an accident. UPDATE_GOLDEN=1 writes it anew."""
+"""The public surface, to the letter: a change is a decision, never an accident. UPDATE_GOLDEN=1 writes it anew."""
 
 import inspect
 import os

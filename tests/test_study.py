@@ -1,6 +1,7 @@
-"""The study in nbs/: what was run isn't run again, its networks are what the tables call them, and its tables are right."""
+"""The study in nbs/: nothing is run twice, its networks are what the tables call them, and its tables are right."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ def test_what_was_run_is_not_run_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "runs", lambda full=False: runs[:1])
     study.study(workers=1)
     first = study.CSV.read_text()
+    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda workers, context, settle: ThreadPoolExecutor(workers))
     monkeypatch.setattr(study, "runs", lambda full=False: runs)
     study.study(workers=1)
     assert study.CSV.read_text().startswith(first) and not study.remaining(full=False)
@@ -58,7 +60,8 @@ def test_a_run_is_the_same_each_time():
 
 
 def results():
-    "Accuracy rises from .2 to .8 over two decades for one initialisation, is .5 throughout for the other; a seed is .1 above and one below."
+    """For one initialisation accuracy rises from .2 to .8 over two decades, for the other it is .5 throughout; one seed
+    is .1 above, one below."""
     rows = [
         dict(
             net="relu", init=init, lr=lr, seed=seed, accuracy=acc + (seed - 1) * 0.1, steps=steps if acc > 0.3 else None

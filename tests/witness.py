@@ -1,4 +1,4 @@
-"""What the layers put out in real training, measured whole and in float64 by hooks of its own. Nothing of ours imported."""
+"""What layers put out in real training, measured whole and in float64 by hooks of its own. Nothing of ours imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 
 class Witness(Callback):
-    "A dict for each batch that the model is trained on (or validated on, if `valid`): layer → mean, std, near-zero share of its calls together."
+    "For each batch of training (if `valid`, of validation) a dict: layer → mean, std, near-zero share of its calls."
 
     order = 95  # after all that rewrites a batch
 
@@ -70,7 +70,8 @@ def records(rec, phase=None):
 
 
 def assert_close(got, want, rel=1e-5, few=2**12):
-    "(mean, std, near-zero share): the first two to `rel` of the std and to the float's rounding; the share exactly, or to three points if counted in a sample."
+    """Mean and std to `rel` of the std and to the float's rounding; the near-zero share exactly, or to three points if
+    counted in a sample."""
     (mean, std, zero), (true_mean, true_std, true_zero, n) = got, want
     tol = rel * (abs(np.nan_to_num(true_std)) + 1e-3 * abs(true_mean)) + 1e-7 * abs(true_mean)
     assert abs(mean - true_mean) <= tol, f"mean {mean} not {true_mean} (std {true_std})"
@@ -126,7 +127,8 @@ def held(root, but=()):
             continue
         seen.add(id(o))
         if isinstance(o, torch.Tensor):
-            total += o.untyped_storage().nbytes()
+            total += 0 if (where := o.untyped_storage().data_ptr()) in seen else o.untyped_storage().nbytes()
+            seen.add(where)
         elif isinstance(o, np.ndarray):
             total += o.nbytes
         else:

@@ -14,7 +14,7 @@ from fastai_lsuv.core.layers import Layer
 from fastai_lsuv.core.options import Options
 from fastai_lsuv.core.probe import first_tensor
 from fastai_lsuv.core.reasons import Note, Skip
-from fastai_lsuv.core.statistics import Moments, moments
+from fastai_lsuv.core.statistics import Measured, moments
 
 # The first step scales alone, by f; the std must follow by f^0.5 at least. One that follows much less (a residual
 # branch, a standardised weight) would be scaled for ever, to weights of nothing or without bound: a wrong answer.
@@ -27,17 +27,17 @@ _LARGEST_FACTOR = math.log(4.0)
 
 
 def correct_in_pass(
-    block: Layer, y: Tensor, seen: Moments, snapshot: nn.Module, call: Call, dry_run: DryRun, options: Options
+    block: Layer, y: Tensor, seen: Measured, snapshot: nn.Module, call: Call, dry_run: DryRun, options: Options
 ) -> Any:
     """Correct a block whose output was `y` by running a snapshot of it; return its output then, None if it is the same.
 
     Its mean is kept where the output has one sign: from the start, or because it had two signs only while it was small,
     as that of GELU has, which is nearly linear there.
     """
-    with dry_run.replay(snapshot) as run:
+    with dry_run.replay(block.module, snapshot) as run:
 
-        def measure() -> Moments:
-            return moments(_first(run(call)))
+        def measure() -> Measured:
+            return moments(_first(run(call))).on_host()
 
         knobs = ScaleAndShift(block, dry_run, seen)
         if block.owner is None and _is_idle(block, seen, measure):
@@ -51,7 +51,7 @@ def correct_in_pass(
         right = correct_block(block, knobs, seen, measure, options, snapshot)
         if not right and block.n_iter and _centres(block):
             y = _first(run(call))
-            if is_one_sided(y, moments(y)):
+            if is_one_sided(y, moments(y).on_host()):
                 knobs.reset(snapshot)
                 block.n_iter = 0
                 block.keep_mean(Note.ONE_SIGN)
@@ -64,16 +64,16 @@ def _centres(block: Layer) -> bool:
     return block.target.mean is not None and not block.exposed_bias
 
 
-def is_one_sided(y: Tensor, seen: Moments) -> bool:
+def is_one_sided(y: Tensor, seen: Measured) -> bool:
     """True if an output has one sign only, or nearly (GELU): centring it would switch nearly all of it off."""
-    return min(-float(y.min()), float(y.max())) < 0.5 * float(seen.std)
+    return min(-float(y.min()), float(y.max())) < 0.5 * seen.std[0]
 
 
 def correct_block(
     block: Layer,
     knobs: ScaleAndShift,
-    seen: Moments,
-    run: Callable[[], Moments],  # what the block's output is like with the knobs as they are
+    seen: Measured,
+    run: Callable[[], Measured],  # what the block's output is like with the knobs as they are
     options: Options,
     running: nn.Module | None = None,
 ) -> bool:
@@ -105,18 +105,18 @@ def correct_block(
     return best[0] <= options.tol
 
 
-def _is_idle(block: Layer, before: Moments, run: Callable[[], Moments]) -> bool:
+def _is_idle(block: Layer, before: Measured, run: Callable[[], Measured]) -> bool:
     """Whether to double the weight, and nothing else, changes nothing."""
     for weight in block.affine.scaled if block.affine else ():
         weight.data.mul_(2)
-    return abs(float(run().std / before.std) - 1) < _NO_CHANGE
+    return abs(run().std[0] / before.std[0] - 1) < _NO_CHANGE
 
 
-def _effect(log_factor: float, before: Moments, after: Moments) -> float:
+def _effect(log_factor: float, before: Measured, after: Measured) -> float:
     """Exponent e in std_after = std_before * factor^e; 1 where the factor is too near 1 to tell."""
     if abs(log_factor) < 0.02:
         return 1.0
-    ratio = float(after.std / before.std)
+    ratio = after.std[0] / before.std[0]
     return math.log(ratio) / log_factor if ratio > 0 else 0.0
 
 

@@ -21,8 +21,10 @@ _IMMUTABLE = frozenset({
     int, float, complex, str, bytes, bool, type(None), type, CodeType, ModuleType, BuiltinFunctionType,
     torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format,
 })  # fmt: skip
-# Where classes are written whose objects a model may refer to, but which are no part of it: data, and who trains it.
-_NO_PARTS = ("torch.utils.data", "fastai.data", "fastai.learner")
+# Where classes are written whose objects a model may refer to, but which are no part of it: data, who trains it, and
+# what other threads and processes wait at.
+_NO_PARTS = ("torch.utils.data.", "fastai.data.", "fastai.learner.Learner.",
+             "threading.", "queue.", "multiprocessing.", "concurrent.", "asyncio.")  # fmt: skip
 
 
 def copied(original: T, memo: Memo | None = None) -> T:
@@ -30,15 +32,18 @@ def copied(original: T, memo: Memo | None = None) -> T:
 
     As `copy.deepcopy` makes it, with these differences. What can't be copied (a lock, an open file) is shared, and so
     are data sets and Learners. Tensors come detached from their graph. Functions and weak references that lead to
-    modules of the model lead to the copies. A module that is compiled or spread over devices is copied as a plain one.
+    modules of the model, or to what is in `memo`, lead to the copies. A module that is compiled or spread over devices
+    is copied as a plain one.
 
     `memo` has copies that exist already, by the `id` of the original, and gets all others.
 
     Raises:
         Exception: whatever a module raises that refuses to be copied.
     """
+    memo = {} if memo is None else memo
     parts = original.modules() if isinstance(original, nn.Module) else ()
-    return _Copier({} if memo is None else memo, {id(part) for part in parts}).copy(original)
+    with torch.no_grad():
+        return _Copier(memo, {*memo, *map(id, parts)}).copy(original)
 
 
 def tensors_in(o: Any) -> Iterator[Tensor]:
@@ -65,8 +70,8 @@ class _Copier:
 
     def __init__(self, memo: Memo, parts: set[int]) -> None:
         self.memo = memo
-        self.parts = parts  # ids of the modules of the model that is copied
-        self.originals: list[Any] = []  # what has been copied must live as long as its id is in use
+        self.parts = parts  # ids of the modules of the model that is copied, and of what has been before
+        self.originals = memo.setdefault(id(memo), [])  # what has been copied must live as long as its id is in use
 
     def copy(self, o: Any) -> Any:
         """Return the copy of an object, the same each time."""
@@ -100,12 +105,15 @@ class _Copier:
         try:
             return self._leads_to_copies(o) if kind in (FunctionType, MethodType, weakref.ref) else self._part(o)
         except Exception:
+            self.memo[id(o)] = o  # in place of what may be half made
             return o
 
     def _part(self, o: Any) -> Any:
         if isinstance(o, Tensor):
             return _tensor(o)
-        is_part = not any(base.__module__.startswith(_NO_PARTS) for base in type(o).__mro__)
+        if hasattr(type(o), "__del__"):
+            return o  # the end of a copy would be taken for that of the original: a file would be closed
+        is_part = not any(f"{b.__module__}.{b.__qualname__}.".startswith(_NO_PARTS) for b in type(o).__mro__)
         return self._by_protocol(o) if is_part else o
 
     def _by_protocol(self, o: Any) -> Any:
@@ -147,8 +155,8 @@ class _Copier:
         if isinstance(o, partial):
             return self._is_part((o.func, *o.args, *o.keywords.values()))
         owner = o.__self__ if isinstance(o, MethodType) else o
-        known = isinstance(owner, (nn.Module, nn.Parameter)) and (id(owner) in self.parts or id(owner) in self.memo)
-        return known or (isinstance(o, FunctionType) and self.copy(o) is not o)
+        known = isinstance(owner, (nn.Module, nn.Parameter)) and id(owner) in self.memo
+        return known or id(owner) in self.parts or (isinstance(o, FunctionType) and self.copy(o) is not o)
 
 
 def _is_full(cell: CellType) -> bool:
@@ -160,11 +168,11 @@ def _is_full(cell: CellType) -> bool:
 
 def _tensor(t: Tensor) -> Tensor:
     if type(t) is nn.Parameter:
-        new: Tensor = nn.Parameter(t.detach().clone(), t.requires_grad)
+        new: Tensor = nn.Parameter(t.clone(), t.requires_grad)
     elif isinstance(t, nn.Parameter):
         new = t.__deepcopy__({})
     else:
-        return t.detach().clone().requires_grad_(t.requires_grad and t.is_leaf)
+        return t.clone().requires_grad_(t.requires_grad and t.is_leaf)
     vars(new).update(vars(t))
     return new
 
@@ -174,6 +182,7 @@ def _set_state(new: Any, state: Any) -> None:
         new.__setstate__(state)
         return
     attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
-    vars(new).update(attributes or {})
+    if attributes:
+        vars(new).update(attributes)
     for name, value in (slots or {}).items():
         setattr(new, name, value)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from fastai_lsuv.core import statistics
 from fastai_lsuv.core.affine import is_known_affine
 from fastai_lsuv.core.blocks import correct_in_pass
 from fastai_lsuv.core.copies import copied
 from fastai_lsuv.core.dry_run import Call, DryRun
-from fastai_lsuv.core.exact import Step, exact_step, only_bias_varies, outcomes, rescale, scaled
+from fastai_lsuv.core.exact import Step, exact_step, outcomes, rescale, scaled
 from fastai_lsuv.core.layers import Layer
 from fastai_lsuv.core.options import Options
 from fastai_lsuv.core.probe import first_tensor
 from fastai_lsuv.core.reasons import Note, Skip
 from fastai_lsuv.core.shared import SharedLayers
-from fastai_lsuv.core.statistics import Moments, moments, on_host
+from fastai_lsuv.core.statistics import Measured, Moments, moments
 
 _MOST_POLISHED = 2  # passes more for what rounding has put off
 _HAD_ITS_EFFECT = 0.02  # generous to half precisions: what isn't linear misses by far
@@ -38,8 +39,8 @@ class Correction:
 
     def _begin_pass(self) -> None:
         self.snapshots: dict[nn.Module, tuple[nn.Module, Call]] = {}  # of modules that run again
-        self.steps: dict[Layer, tuple[Step, Tensor | None]] = {}  # with whether only the bias seems to vary
-        self.hopeless: dict[Layer, Skip] = {}  # in this pass: the next one may see other inputs
+        self.steps: dict[Layer, Step] = {}
+        self.uncorrectable: dict[Layer, Skip] = {}  # in this pass: the next one may see other inputs
         self.shared.begin_pass()
 
     def make_pass(self) -> bool:
@@ -47,9 +48,11 @@ class Correction:
         self._begin_pass()
         run_again = [m for m, layer in self.layers.items() if layer.runs_again]
         self.dry_run.forward(dict.fromkeys(self.layers, self._see), dict.fromkeys(run_again, self._keep_state))
-        self._read_steps()
-        self.hopeless |= {layer: why for layer, seen in self.shared.pooled.items() if (why := _why_hopeless(seen))}
-        return self.shared.turn(but=set(self.hopeless)) or self._examine_suspects() or self._settle()
+        suspects = self._read_steps() - self.examined
+        self.examined |= suspects
+        shared = {layer: _why_uncorrectable(seen) for layer, seen in self.shared.measured().items()}
+        self.uncorrectable |= {layer: why for layer, why in shared.items() if why}
+        return self.shared.turn(but=set(self.uncorrectable)) or bool(suspects) or self._settle()
 
     def _keep_state(self, module: nn.Module, call: Call) -> None:
         self.snapshots[module] = self.dry_run.snapshot(module), copied(call)
@@ -63,10 +66,11 @@ class Correction:
             return self._shared(layer, output, y)
         seen = self._moments(layer, y)
         if layer.is_block:
-            if why := _why_hopeless(seen):
-                self.hopeless[layer] = why
+            measured = seen.on_host()
+            if why := _why_uncorrectable(measured):
+                self.uncorrectable[layer] = why
                 return None
-            return correct_in_pass(layer, y, seen, *self.snapshots.pop(module), self.dry_run, self.options)
+            return correct_in_pass(layer, y, measured, *self.snapshots.pop(module), self.dry_run, self.options)
         return self._exact(layer, output, y, seen)
 
     def _moments(self, layer: Layer, y: Tensor) -> Moments:
@@ -76,20 +80,18 @@ class Correction:
     def _exact(self, layer: Layer, output: Any, y: Tensor, seen: Moments) -> Any:
         """One exact step, for a layer that is called once."""
         if seen.n < 2:
-            self.hopeless[layer] = Skip.TOO_FEW
+            self.uncorrectable[layer] = Skip.TOO_FEW
             return output
-        suspect = only_bias_varies(layer, y, seen)
-        look = suspect is not None and (bool(suspect) if statistics.at_hand(y) else layer in self.examined)
-        step = exact_step(layer, y, seen, suspect & (y == y[:1]).all() if look else None)  # type: ignore[operator]
+        step = exact_step(layer, y, seen, examine=layer in self.examined)
         if not is_known_affine(layer.module) and layer not in self.unproven:
             self.unproven[layer] = [w.detach().clone() for w in layer.weights]
         assert layer.affine is not None
         rescale(layer.affine, step.scale, step.shift)
         self.dry_run.keep(layer.weights)
-        self.steps[layer] = step, None if look else suspect
+        self.steps[layer] = step
         if layer.runs_again:  # how the weight acts on its other outputs (which experts a router chose) nobody knows
             snapshot, call = self.snapshots.pop(layer.module)
-            with self.dry_run.replay(snapshot) as run:
+            with self.dry_run.replay(layer.module, snapshot) as run:
                 return run(call)
         return _with_first(output, y, scaled(layer, y, step))
 
@@ -104,44 +106,40 @@ class Correction:
 
     # between passes
 
-    def _read_steps(self) -> None:
-        """Read what became of all exact steps: the only wait for the device."""
-        for layer, outcome in zip(self.steps, outcomes([step for step, _ in self.steps.values()]), strict=True):
+    def _read_steps(self) -> set[Layer]:
+        """Read what became of all exact steps, the only wait for the device; return layers that need a closer look."""
+        suspects = set()
+        for layer, outcome in zip(self.steps, outcomes([*self.steps.values()]), strict=True):
             layer.n_iter += outcome.changed
             layer.ratio = max(layer.ratio, outcome.ratio)
             if layer.is_shared:
                 continue  # that was one call of several
+            if outcome.suspect:
+                suspects.add(layer)
             if not outcome.finite:
-                self.hopeless[layer] = Skip.NOT_FINITE
-            elif outcome.constant and not layer.n_iter:
-                self.hopeless[layer] = Skip.CONSTANT
+                self.uncorrectable[layer] = Skip.NOT_FINITE
+            elif outcome.constant and (not layer.n_iter or layer in self.examined):
+                self.uncorrectable[layer] = Skip.CONSTANT
             elif outcome.constant:
                 layer.note(Note.CONSTANT_CHANNELS)
-
-    def _examine_suspects(self) -> bool:
-        """Have layers looked at whose output varies just as their bias does; return whether there are new ones."""
-        open_questions = {layer: suspect for layer, (_, suspect) in self.steps.items() if suspect is not None}
-        answers = on_host([suspect.float() for suspect in open_questions.values()])
-        suspects = {layer for layer, answer in zip(open_questions, answers, strict=True) if answer} - self.examined
-        self.examined |= suspects
-        return bool(suspects)
+        return suspects
 
     def _settle(self) -> bool:
         """Skip what could not be corrected; return whether a layer was put back, so that those behind it are off."""
-        put_back = [self.leave(layer, why) for layer, why in self.hopeless.items()]
-        return any(put_back)
+        return self.leave(self.uncorrectable)
 
     def take_up(self, layer: Layer) -> None:
         """Correct a layer, too, from the next pass on."""
         self.layers[layer.module] = layer
 
-    def leave(self, layer: Layer, why: Skip) -> bool:
-        """Leave a layer as it was before; return whether it had been changed."""
-        layer.skip(why)
-        del self.layers[layer.module]
-        self.shared.drop(layer)
-        self.dry_run.biases.pop(layer.module, None)
-        return self.dry_run.put_back(layer.touched)
+    def leave(self, layers: Mapping[Layer, Skip]) -> bool:
+        """Leave layers as they were before; return whether any had been changed."""
+        for layer, why in layers.items():
+            layer.skip(why)
+            del self.layers[layer.module]
+            self.shared.drop(layer)
+            self.dry_run.biases.pop(layer.module, None)
+        return self.dry_run.put_back([w for layer in layers for w in layer.touched])
 
     # after a look at the results
 
@@ -178,17 +176,17 @@ class Correction:
         return not layer.target.error(layer.after) <= _HAD_ITS_EFFECT * max(1.0, layer.target.std or 1.0)
 
 
-def _is_scalable(seen: Moments | None) -> bool:
-    return seen is not None and not _why_hopeless(seen)
+def _is_scalable(seen: Measured | None) -> bool:
+    return seen is not None and not _why_uncorrectable(seen)
 
 
-def _why_hopeless(seen: Moments) -> Skip | None:
+def _why_uncorrectable(seen: Measured) -> Skip | None:
     """Why an output can't be scaled, if so."""
     if seen.n < 2:
         return Skip.TOO_FEW
-    if not bool(seen.std.isfinite().all()):
+    if not all(map(math.isfinite, seen.std)):
         return Skip.NOT_FINITE
-    return None if bool((seen.std > 0).all()) else Skip.CONSTANT
+    return None if min(seen.std) > 0 else Skip.CONSTANT
 
 
 def _with_first(output: Any, y: Tensor, corrected: Tensor) -> Any:

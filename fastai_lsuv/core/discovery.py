@@ -42,7 +42,7 @@ class Discovery:
         if self.products is not None and options.modules is None:
             self._name_what_is_multiplied(self.products)
         self.layers += self._never_called({p for layer in self.layers for p in layer.weights})
-        self.look([x for x in self.layers if x.careful and x.before and not x.before.std.isfinite().all()], "before")
+        self.look([x for x in self.layers if x.careful and x.before and not x.before.is_finite], "before")
         mark_frozen(self.layers, self.dry_run)
         mark_tied(self.layers, self.dry_run, self._only_shows)
         mark_starved(self.layers)
@@ -89,14 +89,14 @@ class Discovery:
         """Measure the corrected network; return layers that run only now, and those that run no longer."""
         known = [x for x in self.layers if x.module in self.watch.seen]
         unseen = self._unseen()
-        self.look([x for x in known if self.watch.seen[x.module].moments is not None], "after", unseen)
+        self.look([x for x in known if self.watch.seen[x.module].measured is not None], "after", unseen)
         new = {layer.module: layer for layer in self._called(m for m in unseen if m in self.watch.seen)}
         for layer in new.values():
             layer.before, layer.after = None, layer.before
         mark_frozen([*new.values()], self.dry_run)
         mark_tied([*known, *new.values()], self.dry_run, self._only_shows)
         self.layers[:] = [*known, *new.values(), *(x for x in self.layers if x.module not in self.watch.seen)]
-        asleep = [x for x in known if x.after is None and self.watch.seen[x.module].moments and not x.skipped]
+        asleep = [x for x in known if x.after is None and self.watch.seen[x.module].measured and not x.skipped]
         woken = [x for x in known if x.after is not None and x.skipped is Skip.NEVER_CALLED]
         for layer in woken:
             layer.skipped = None
@@ -118,7 +118,7 @@ class Discovery:
 
     def _is_measured(self, module: nn.Module) -> bool:
         seen = self.watch.seen[module]
-        return self.watch.is_judged(module) and (seen.moments is not None or seen.is_transformed)
+        return self.watch.is_judged(module) and (seen.measured is not None or seen.is_transformed)
 
     def _picked_by_user(self) -> set[nn.Module]:
         """What the user chose; of the modules that a pattern matches, the layers if there are any."""
@@ -153,8 +153,7 @@ class Discovery:
 
     def _layer(self, module: nn.Module) -> Layer:
         seen, watch = self.watch.seen[module], self.watch
-        spread = None if seen.moments is None else seen.moments.std
-        extreme = spread is not None and not bool(((spread > 0) & (spread < torch.inf)).all())
+        extreme = seen.measured is not None and not all(0 < std < torch.inf for std in seen.measured.std)
         layer = Layer(
             self.dry_run.names[module],
             module,
@@ -162,7 +161,7 @@ class Discovery:
             n_calls=seen.n_calls,
             has_more_outputs=seen.has_more_outputs,
             eps=seen.eps,
-            before=seen.moments,
+            before=seen.measured,
             careful=extreme and seen.read_once,
             target=self.options.target,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import update_wrapper
 from types import MethodType
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from fastai_lsuv.core.affine import get_bias, set_bias
 from fastai_lsuv.core.copies import Memo, copied
-from fastai_lsuv.core.errors import name_module_at_work
-from fastai_lsuv.core.hooks import PreHook, eagerly, hooked
+from fastai_lsuv.core.errors import CannotRun, name_module_at_work
+from fastai_lsuv.core.mode import as_in_training, prepend, set_mode
 from fastai_lsuv.core.modules import is_scripted, named_modules, open_modules, plain
 from fastai_lsuv.core.random_state import RandomState, kept_random_state
+from fastai_lsuv.core.statistics import on_host
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a forward
 Before = Callable[[nn.Module, Call], None]
@@ -32,8 +33,10 @@ class DryRun:
     `hand_over` gives them to the model. They are tensors of our own, here called the *working* weights.
     """
 
-    def __init__(self, model: nn.Module, call: Call) -> None:
+    def __init__(self, model: nn.Module, call: Call, as_it_stands: bool = False) -> None:
+        """`as_it_stands`: its modules are in the modes in which training calls them."""
         self.model, self.call = plain(model), call
+        frozen = [m for m in self.model.modules() if not m.training] if as_it_stands and model.training else []
         self.names = {module: name for name, module in named_modules(self.model)}
         self.n_forward = 0  # passes of the whole model so far
         self._random = RandomState()
@@ -43,26 +46,27 @@ class DryRun:
         self._kept: set[Tensor] = set()  # working weights that have been given values of their own
         self.biases: dict[nn.Module, Any] = {}  # what blocks that expose a bias are to have in passes, and in the end
         self._copies: dict[nn.Module, nn.Module] = {}  # of all modules, in the pass at hand
+        self._frozen = frozen  # modules that are in evaluation in training, too
+        self._has_run = False
 
     # passes
 
     def forward(self, after: Mapping[nn.Module, After], before: Mapping[nn.Module, Before] | None = None) -> None:
         """Run a fresh copy of the model; `before` and `after` are called with the modules of the model itself."""
         self._random.restore()
-        with _as_in_training():
+        with as_in_training():
             copy, before = self._fresh_copy(), before or {}
-            given = {module: _Given() for module in before}
             for module in {**before, **after}:
-                _Watched(self._copies[module], module, before.get(module), after.get(module), given.get(module))
-            pre_hooks = {self._copies[module]: hook for module, hook in given.items()} | _norm_hooks(copy)
+                _Watched(self._copies[module], module, before.get(module), after.get(module))
             args, kwargs = copied(self.call)
             try:
-                with hooked({}, pre_hooks):
-                    copy(*args, **kwargs)
+                copy(*args, **kwargs)
             except BaseException as error:
                 name_module_at_work(error, {self._copies[m]: name for m, name in self.names.items()})
                 raise
             finally:
+                for module in {**before, **after}:  # a cycle would keep it alive until the next garbage collection
+                    del vars(self._copies[module])["forward"]
                 self._copies = {}
         self.n_forward += 1
 
@@ -72,33 +76,47 @@ class DryRun:
         Without their forward hooks, the user's see nothing of what it is run for.
         """
         snapshot = copied(self._copies[module], self._working_memo())
-        for m in () if with_hooks else open_modules(snapshot):
-            m._forward_hooks = OrderedDict()
+        for m in open_modules(snapshot):
+            if getattr(vars(m).get("forward"), "__func__", None) is type(m).forward:
+                del vars(m)["forward"]  # it was a watched one's; a cycle would keep all inputs alive
+            if not with_hooks:
+                m._forward_hooks = OrderedDict()
         return snapshot
 
     @contextmanager
-    def replay(self, snapshot: nn.Module) -> Iterator[Run]:
+    def replay(self, module: nn.Module, snapshot: nn.Module) -> Iterator[Run]:
         """Run one module again, in the middle of a pass: each time as in the snapshot, from the same random state."""
         now = RandomState()
 
         def run(call: Call) -> Any:
             args, kwargs = copied(call)
             now.restore()
-            return copied(snapshot, self._working_memo())(*args, **kwargs)
+            copy = copied(snapshot, self._working_memo())
+            try:
+                return copy(*args, **kwargs)
+            except Exception as error:
+                prefix = self.names[module]
+                name_module_at_work(error, {m: f"{prefix}.{name}".strip(".") for name, m in named_modules(copy)})
+                raise
 
         with kept_random_state():
             yield run
 
     def _fresh_copy(self) -> nn.Module:
         """A copy of the model in the mode of training without dropout, on the working weights."""
-        if stale := [w for w in self._original if w not in self._kept]:
+        stale = [w for w in self._original if w not in self._kept] if self._has_run else []
+        if stale:
             torch._foreach_copy_(stale, [self._original[w] for w in stale])  # a forward may have written to them
-        copy = copied(self.model, {id(p): w for p, w in self._working.items()})
+        self._has_run = True
+        try:
+            copy = copied(self.model, {id(p): w for p, w in self._working.items()})
+        except Exception as error:
+            raise CannotRun(f"{type(self.model).__name__} can't be copied: {error}") from error
         in_copy = dict(named_modules(copy))
         self._copies = {module: in_copy[name] for module, name in self.names.items() if name in in_copy}
         for module, bias in self.biases.items():
             set_bias(self._copies[module], bias)
-        _set_mode(copy)
+        set_mode(copy, [self._copies[m] for m in self._frozen if m in self._copies])
         return copy
 
     def _working_memo(self) -> Memo:
@@ -127,14 +145,13 @@ class DryRun:
         """Return the model's parameter that a working weight stands for."""
         return self._original[weight]
 
-    def put_back(self, weights: Iterable[Tensor]) -> bool:
-        """Give working weights the model's values again; return whether they had others."""
-        changed = False
+    def put_back(self, weights: Sequence[Tensor]) -> bool:
+        """Give working weights the model's values again; return whether any had others."""
+        differ = on_host([(w != self._original[w]).any() for w in weights])
         for weight in weights:
-            changed |= not torch.equal(weight, self._original[weight])
             weight.data.copy_(self._original[weight])  # also where they are equal: -0.0 and 0.0 are
-            self._kept.discard(weight)
-        return changed
+        self._kept.difference_update(weights)
+        return any(differs for (differs,) in differ)
 
     def hand_over(self) -> None:
         """Give the model what was kept: the weights in one call, which nothing interrupts halfway."""
@@ -170,16 +187,16 @@ class _Given:
 class _Watched:
     """What a watched copy has for its forward: it reports each call, also one of `module.forward(…)` itself."""
 
-    def __init__(
-        self, copy: nn.Module, module: nn.Module, before: Before | None, after: After | None, given: _Given | None
-    ) -> None:
+    def __init__(self, copy: nn.Module, module: nn.Module, before: Before | None, after: After | None) -> None:
         self.forward: Any = copy.forward
-        self.module, self.before, self.after, self.given = module, before, after, given
+        self.module, self.before, self.after, self.given = module, before, after, _Given()
         update_wrapper(self, copy.forward)
         vars(copy)["forward"] = self
+        if before is not None:
+            prepend(copy, self.given)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.before is not None and self.given is not None:
+        if self.before is not None:
             self.before(self.module, self.given.call or (args, kwargs))
             self.given.call = None
         output = self.forward(*args, **kwargs)
@@ -193,55 +210,6 @@ class _Watched:
         """A copy of a watched module isn't watched."""
         is_method = isinstance(self.forward, MethodType)
         return MethodType(self.forward.__func__, memo[id(self.forward.__self__)]) if is_method else self.forward
-
-
-@contextmanager
-def _as_in_training() -> Iterator[None]:
-    """Settings for a pass: no gradients, nothing compiled, no fast path of inference, no cast weights from before."""
-    fastpath, cache = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)  # training doesn't take it, nor its nested tensors
-        torch.set_autocast_cache_enabled(False)  # it would hand out casts of weights as they were before a step
-        with torch.no_grad(), eagerly():
-            yield
-    finally:
-        torch.set_autocast_cache_enabled(cache)
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-
-
-def _set_mode(copy: nn.Module) -> None:
-    """Evaluation, but for modules with running statistics that will use the batch's in training.
-
-    A model that freezes its norms does so in a `train` of its own.
-    """
-    copy.train()
-    norms = [m for m in copy.modules() if m.training and _running_statistics(m)]
-    copy.eval()
-    for norm in norms:
-        norm.training = True
-
-
-def _running_statistics(module: nn.Module) -> set[str]:
-    return {"running_mean", "running_var"} & dict(module.named_buffers(recurse=False)).keys()
-
-
-def _norm_hooks(copy: nn.Module) -> dict[nn.Module, PreHook]:
-    norms = [m for m in open_modules(copy) if m.training and _running_statistics(m)]
-    return dict.fromkeys(norms, _one_value_a_channel_uses_running_statistics)
-
-
-def _one_value_a_channel_uses_running_statistics(
-    norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    """Training raises on a single value per channel, whose variance is undefined."""
-    x = args[0] if args else None
-    if isinstance(x, Tensor) and x.dim() > 1:
-        norm.training = not _running_statistics(norm) or x.numel() > _channel_groups(norm, x)
-
-
-def _channel_groups(norm: nn.Module, x: Tensor) -> int:
-    per_sample = isinstance(norm, nn.modules.instancenorm._InstanceNorm)
-    return x.shape[0] * x.shape[1] if per_sample else x.shape[1]
 
 
 def _is_expanded(t: Tensor) -> bool:

@@ -6,9 +6,17 @@ from collections.abc import Mapping
 
 from torch import nn
 
+_STOPPED = "LSUV stopped"
+
+
+class CannotRun(RuntimeError):
+    """LSUV can't do its work here, though training may do its own: its message is a reason, in one line."""
+
 
 def name_module_at_work(error: BaseException, names: Mapping[nn.Module, str]) -> None:
-    """Add the innermost of the named modules in the error's traceback to its message."""
+    """Add the innermost of the named modules in the error's traceback to its message, once."""
+    if any(isinstance(arg, str) and _STOPPED in arg for arg in error.args):
+        return
     at_work, step = None, error.__traceback__
     while step is not None:
         owner = step.tb_frame.f_locals.get("self")
@@ -18,7 +26,7 @@ def name_module_at_work(error: BaseException, names: Mapping[nn.Module, str]) ->
     if at_work is None:
         return
     where = f"`{names[at_work]}` ({type(at_work).__name__})" if names[at_work] else f"the {type(at_work).__name__}"
-    add_to_message(error, f"LSUV stopped in {where}; the model is as it was")
+    add_to_message(error, f"{_STOPPED} in {where}; the model is as it was")
 
 
 def add_to_message(error: BaseException, text: str) -> None:

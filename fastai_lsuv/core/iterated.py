@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from fastai_lsuv.core.affine import get_bias, set_bias
 from fastai_lsuv.core.dry_run import DryRun
 from fastai_lsuv.core.exact import rescale
 from fastai_lsuv.core.layers import Layer
-from fastai_lsuv.core.statistics import Moments
+from fastai_lsuv.core.statistics import Measured
 
 
 class ScaleAndShift:
@@ -22,21 +23,21 @@ class ScaleAndShift:
     a layer with a homogeneous activation behind it (leaky ReLU) depends, but for a factor, on the second half alone.
     """
 
-    def __init__(self, layer: Layer, dry_run: DryRun, seen: Moments) -> None:
+    def __init__(self, layer: Layer, dry_run: DryRun, seen: Measured) -> None:
         assert layer.affine is not None
         self.layer, self.dry_run, self.affine = layer, dry_run, layer.affine
         dry_run.keep(layer.weights)
         self.first = [w.detach().clone() for w in layer.weights]
         self.first_bias: Any = get_bias(layer.module) if layer.exposed_bias else None
         self.unit_of_shift = _vector(seen.std)
-        self.position = torch.zeros((1 + self.shifts) * seen.mean.numel(), dtype=torch.float64, device="cpu")
+        self.position = torch.zeros((1 + self.shifts) * len(seen.mean), dtype=torch.float64, device="cpu")
 
     @property
     def shifts(self) -> bool:
         """Whether the mean is moved, too."""
         return self.layer.target.mean is not None
 
-    def image(self, seen: Moments) -> Tensor:
+    def image(self, seen: Measured) -> Tensor:
         """Return the position that would be exact for an affine layer whose output now has these moments."""
         scale, shift = self._scale_and_shift(self.position)
         mean, std = _vector(seen.mean), _vector(seen.std)
@@ -79,8 +80,8 @@ class ScaleAndShift:
         return log_scale.exp(), shift * self.unit_of_shift
 
 
-def _vector(x: Tensor) -> Tensor:
-    return x.cpu().double().reshape(-1)
+def _vector(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 class Broyden:

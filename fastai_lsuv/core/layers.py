@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastai_lsuv.core.affine import AffineParameters
 from fastai_lsuv.core.dry_run import DryRun
 from fastai_lsuv.core.reasons import Note, Skip
-from fastai_lsuv.core.statistics import Moments
+from fastai_lsuv.core.statistics import Measured
 from fastai_lsuv.core.target import Target
 
 _OF_WEIGHTS = (Skip.SEVERAL, Skip.NOT_AFFINE, Skip.COMPLEX, Note.OTHERS)
@@ -32,7 +32,7 @@ class Layer:
     is_first: bool = False  # no other layer has run before it: it sees the data
     owner: nn.Module | None = None  # whose affine parameters a block uses, if not its own
     exposed_bias: bool = False  # a block that shows a `bias` of its own, through which it is shifted
-    before: Moments | None = None  # of the untouched network
+    before: Measured | None = None  # of the untouched network
     careful: bool = False  # its values are so large or small that a device has to read them twice
 
     target: Target = field(default_factory=lambda: Target(0.0, 1.0))  # without a mean where that is kept
@@ -41,7 +41,7 @@ class Layer:
     notes: list[Note] = field(default_factory=list)
     n_iter: int = 0  # corrections made
     ratio: float = 0.0  # |mean| / std of the output when it was corrected
-    after: Moments | None = None
+    after: Measured | None = None
     left: list[str] = field(default_factory=list)  # names of weights in it that meet the input and are not corrected
 
     def skip(self, why: Skip) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
+from torch import nn
+from torch.utils.data import DataLoader
 
 from fastai_lsuv.core.branches import branch_ends
+from fastai_lsuv.core.checks import check_inputs, check_model, check_outputs
 from fastai_lsuv.core.correction import Correction
 from fastai_lsuv.core.discovery import Discovery
 from fastai_lsuv.core.dry_run import Call, DryRun
@@ -23,7 +24,7 @@ from fastai_lsuv.core.options import Options
 from fastai_lsuv.core.random_state import kept_random_state
 from fastai_lsuv.core.reasons import Note, Skip
 from fastai_lsuv.core.selection import Choice
-from fastai_lsuv.core.statistics import Moments
+from fastai_lsuv.core.statistics import Measured, at_least_single
 from fastai_lsuv.core.target import EXACT, Target
 from fastai_lsuv.init import for_layer
 from fastai_lsuv.report import LSUVReport, Row
@@ -36,16 +37,16 @@ def lsuv_(
     model: nn.Module,  # changed in place: weights and biases, nothing else
     batch: Any,  # a tensor → `model(x)`, a tuple or list → `model(*xs)`, a mapping → `model(**kw)`
     *,
-    mean: float | None = 0.0,  # wanted mean of each unit's output, where it can be shifted; `None`: nothing is shifted
+    mean: float | None = 0.0,  # wanted mean of each layer's output, where it can be shifted; `None`: nothing is shifted
     std: float | None = 1.0,  # wanted standard deviation; `None`: nothing is scaled. Both `None`: only measure
     per_channel: bool = False,  # each output channel by itself (Krähenbühl et al. 2016, arXiv:1511.06856)
-    modules: Choice = None,  # which units: `None` = all affine layers; types, names with wildcards, modules, a function
+    modules: Choice = None,  # which layers: `None` = all affine ones; types, names with wildcards, modules, a function
     exclude: Choice = None,  # the same forms, taken away from `modules` with everything beneath them
     init: Callable[..., Any] | None = None,  # in-place initialiser of each chosen weight first, biases are zeroed
     tol: float = 1e-3,  # for blocks and shared layers, where one step is not exact; of `std` where that is below 1
     max_iter: int = 10,  # steps at most, for the same
     residual: bool = False,  # the last layers of n residual branches get std/√n: their sum doesn't grow with depth
-) -> LSUVReport:  # a row for each unit, in execution order: moments before and after, status, reason
+) -> LSUVReport:  # one row per layer, in execution order: moments before and after, status, reason
     """Scale and shift each layer's weights so that its output on `batch` has the wanted mean and standard deviation.
 
     Layer-sequential unit variance (Mishkin & Matas 2016, arXiv:1511.06422) with the fast.ai course's mean correction,
@@ -69,19 +70,26 @@ def lsuv_(
         (True, 3, 1.0)
     """
     options = Options(mean, std, per_channel, modules, exclude, init, tol, max_iter, residual)
-    return run(model, as_call(batch), options)
+    call = as_call(batch)
+    try:
+        return run(model, call, options)
+    except TypeError as error:
+        if call[0] and batch is not call[0][0] and "positional argument" in str(error):
+            add_to_message(error, "a tuple or list of inputs is unpacked, model(*inputs): give it without the targets")
+        raise
 
 
-def run(model: nn.Module, call: Call, options: Options) -> LSUVReport:
-    """`lsuv_` on the arguments of a forward."""
+def run(model: nn.Module, call: Call, options: Options, as_it_stands: bool = False) -> LSUVReport:
+    """`lsuv_` on the arguments of a forward; of a model that is `as_it_stands` when training calls it."""
     started = time.perf_counter()
-    _check(model, call)
+    check_model(model)
+    check_inputs(call)
     with kept_random_state():
-        dry_run = DryRun(model, call)
+        dry_run = DryRun(model, call, as_it_stands)
         discovery = Discovery(dry_run, options)
         layers = discovery.layers
-        _check_outputs(layers, call)
-        if options.residual:
+        check_outputs([layer.before for layer in layers if layer.before], call)
+        if options.residual and not options.only_measures:
             _bound_branches(dry_run, layers, options)
         if options.only_measures:
             for layer in layers:
@@ -97,6 +105,11 @@ def run(model: nn.Module, call: Call, options: Options) -> LSUVReport:
 
 def as_call(batch: Any) -> Call:
     """Return a forward's arguments for a batch: a tensor, a tuple or list of inputs, or a mapping of keyword inputs."""
+    if isinstance(batch, nn.Module):
+        raise TypeError(f"batch is a {type(batch).__name__}: expected lsuv_(model, batch), in this order")
+    if isinstance(batch, np.ndarray) or hasattr(batch, "one_batch") or isinstance(batch, DataLoader):
+        how = "torch.as_tensor(batch)" if isinstance(batch, np.ndarray) else "the inputs of one batch of it"
+        raise TypeError(f"batch is a {type(batch).__name__}: expected tensors, such as {how}")
     if isinstance(batch, Mapping):
         return (), dict(batch)
     return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
@@ -121,50 +134,12 @@ def _correct(dry_run: DryRun, discovery: Discovery, options: Options) -> None:
 def _look(correction: Correction, discovery: Discovery, options: Options, is_last: bool) -> bool:
     """Measure what has been reached; return whether it takes another pass."""
     woken, asleep = discovery.look_again()
-    for layer in asleep:
-        correction.leave(layer, Skip.NEVER_CALLED)
+    correction.leave(dict.fromkeys(asleep, Skip.NEVER_CALLED))
     for layer in () if is_last else woken:
         _reinitialise(layer, options, correction.dry_run)
         correction.take_up(layer)
     has_more = correction.has_more_to_do([layer for layer in discovery.layers if _may_get_better(layer, options)])
     return has_more or (bool(woken) and not is_last)
-
-
-def _check(model: nn.Module, call: Call) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r}: expected a torch.nn.Module")
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if is_lazy(tensor):
-            raise ValueError(f"{name!r} is lazy and not initialised yet: send a batch through the model first")
-    for x in tree_leaves(call):
-        if isinstance(x, Tensor) and x.is_floating_point() and _has_infinity(x):
-            raise ValueError(f"the batch has NaN or infinity in an input of shape {tuple(x.shape)}")
-
-
-def _has_infinity(x: Tensor) -> bool:
-    with suppress(Exception):  # sparse and nested tensors, and others that can't be asked
-        return not bool((x.isfinite() | x.isnan() | _is_mask(x)).all())
-    return False
-
-
-def _is_mask(x: Tensor) -> Tensor:
-    """Whether a tensor is nothing but zeros and minus infinities: added to attention scores, it switches some off."""
-    return ((x == 0) | (x == -torch.inf)).all() & (x == 0).any()
-
-
-def _check_outputs(layers: list[Layer], call: Call) -> None:
-    """A model may fill NaN of the batch itself; if it gets everywhere, there is nothing to go by."""
-    ran = [layer.before for layer in layers if layer.before is not None and layer.before.n > 1]
-    if ran and not any(bool(before.std.isfinite().all()) for before in ran):
-        for x in tree_leaves(call):
-            if isinstance(x, Tensor) and x.is_floating_point() and _has_nan(x):
-                raise ValueError(f"the batch has NaN or infinity in an input of shape {tuple(x.shape)}")
-
-
-def _has_nan(x: Tensor) -> bool:
-    with suppress(Exception):
-        return bool(x.isnan().any())
-    return False
 
 
 def _bound_branches(dry_run: DryRun, layers: list[Layer], options: Options) -> None:
@@ -188,7 +163,7 @@ def _reinitialise(layer: Layer, options: Options, dry_run: DryRun) -> None:
     with torch.no_grad():
         for weight in layer.affine.matrices:
             if weight.count_nonzero():  # zeros are there on purpose
-                wide = torch.promote_types(weight.dtype, torch.float32)
+                wide = at_least_single(weight.dtype)
                 fresh = weight.detach().to(wide, memory_format=torch.contiguous_format, copy=True)
                 try:
                     init(fresh)
@@ -232,17 +207,17 @@ def _rounding(layer: Layer) -> float:
     """What the output's precision allows to be off: a few eps, times |mean| / std where the mean dwarfs the std."""
     if layer.after is None:
         return 0.0
-    std = layer.target.std or float(layer.after.std.max())
+    std = layer.target.std or max(layer.after.std)
     size = max(1.0, layer.ratio, abs(layer.target.mean or 0.0) / std) * max(1.0, std)
     return 4 * layer.eps * size if layer.eps > _EPS_OF_HALF or size > _LARGE else 0.0
 
 
-def _numbers(seen: Moments | None, target: Target) -> tuple[float, float]:
+def _numbers(seen: Measured | None, target: Target) -> tuple[float, float]:
     """Mean and std, of the channels those farthest from the wanted ones."""
     if seen is None:
         return float("nan"), float("nan")
     return _farthest(seen.mean, target.mean or 0.0), _farthest(seen.std, target.std or 1.0)
 
 
-def _farthest(values: Tensor, wanted: float) -> float:
-    return float(values if not values.dim() else values[(values - wanted).abs().argmax()])
+def _farthest(values: Sequence[float], wanted: float) -> float:
+    return max(values, key=lambda value: math.inf if math.isnan(value) else abs(value - wanted))

@@ -20,19 +20,21 @@ def named_modules(model: nn.Module, every_name: bool = False) -> Iterator[tuple[
 
     A module that is in several places comes under the first of its names, or under `every_name`.
     """
-    seen: set[nn.Module] = set()
+    return _visit(model, "", (), None if every_name else set())
 
-    def visit(module: nn.Module, name: str, above: tuple[nn.Module, ...]) -> Iterator[tuple[str, nn.Module]]:
-        module = plain(module)
-        if module in above or (module in seen and not every_name):
-            return
+
+def _visit(
+    module: nn.Module, name: str, above: tuple[nn.Module, ...], seen: set[nn.Module] | None
+) -> Iterator[tuple[str, nn.Module]]:
+    module = plain(module)
+    if module in (above if seen is None else seen):
+        return
+    if seen is not None:
         seen.add(module)
-        yield name, module
-        for key, child in module._modules.items():
-            if child is not None:
-                yield from visit(child, f"{name}.{key}" if name else key, (*above, module))
-
-    yield from visit(model, "", ())
+    yield name, module
+    for key, child in module._modules.items():
+        if child is not None:
+            yield from _visit(child, f"{name}.{key}" if name else key, (*above, module), seen)
 
 
 def is_scripted(module: nn.Module) -> bool:

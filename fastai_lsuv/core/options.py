@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from fastai_lsuv.core.selection import Choice
@@ -47,18 +47,19 @@ class Options:
             raise ValueError(f"tol={self.tol!r}: expected a positive finite number")
         if self.max_iter < 1:
             raise ValueError(f"max_iter={self.max_iter!r}: expected a whole number of at least 1")
-        if self.residual and self.std is None:
+        if self.residual and self.std is None and self.mean is not None:
             raise ValueError("residual=True with std=None: it is by their std that branches are bounded")
 
     def _check_types(self) -> None:
         for name in ("mean", "std", "tol", "max_iter"):
-            value = getattr(self, name)
-            kind = int if name == "max_iter" else Real
+            value: Any = getattr(self, name)
+            kind: Any = Integral if name == "max_iter" else Real  # NumPy's numbers are such numbers, too
             optional = name in ("mean", "std") and value is None
             if not optional and (not isinstance(value, kind) or isinstance(value, bool)):
-                raise TypeError(f"{name}={value!r}: expected a {'whole number' if kind is int else 'number'}")
-        if not isinstance(self.residual, bool):
-            raise TypeError(f"residual={self.residual!r}: expected True or False")
+                raise TypeError(f"{name}={value!r}: expected a {'whole number' if kind is Integral else 'number'}")
+        for name in ("per_channel", "residual"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r}: expected True or False")
         if self.init is not None and not callable(self.init):
             raise TypeError(f"init={self.init!r}: expected an in-place initialiser such as nn.init.orthogonal_")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +42,8 @@ def keep_priors(layers: Iterable[Layer], priors: Mapping[nn.Module, float], head
     for layer in layers:
         if layer.module not in priors or layer.skipped or layer.before is None:
             continue
-        bias, mean = priors[layer.module], float(layer.before.mean.double().mean())
-        counts = abs(bias) > float(layer.before.std.double().mean()) and abs(mean - bias) < abs(bias) / 2
+        bias, mean, std = priors[layer.module], fmean(layer.before.mean), fmean(layer.before.std)
+        counts = abs(bias) > std and abs(mean - bias) < abs(bias) / 2
         if not counts:  # as in a layer that has been centred
             continue
         if layer.module in heads:

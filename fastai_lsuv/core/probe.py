@@ -17,7 +17,6 @@ from fastai_lsuv.core.affine import AffineParameters
 from fastai_lsuv.core.copies import tensors_in
 
 T = TypeVar("T")
-_PLAIN = (int, float, complex, str, bytes, type(None))
 Run = Callable[[Any], Any]  # from inputs to the module's output, from the same random state each time
 
 
@@ -27,11 +26,6 @@ def first_tensor(output: Any) -> Tensor | None:
         return output if output.is_floating_point() else None
     everything = chain((o for o in tree_leaves(output) if isinstance(o, Tensor)), tensors_in(output))
     return next((y for o in everything if (y := _dense(o)) is not None), None)
-
-
-def has_more(output: Any, y: Tensor) -> bool:
-    """True if an output is more than its first tensor `y` and plain values."""
-    return any(o is not y and not isinstance(o, _PLAIN) for o in tree_leaves(output))
 
 
 def _dense(o: Tensor) -> Tensor | None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
-import torch
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
-from fastai_lsuv.core.modules import named_modules, open_modules, plain
+from fastai_lsuv.core.modules import named_modules, plain
 
 Choice: TypeAlias = (
     type | tuple[type, ...] | str | nn.Module | Sequence[str] | Sequence[nn.Module]
@@ -52,37 +49,6 @@ def excluded(model: nn.Module, exclude: Choice) -> set[nn.Module]:
     """The modules that `exclude` means, and everything beneath them; an empty list excludes nothing."""
     nothing = exclude is None or (isinstance(exclude, list | tuple) and not exclude)
     return set() if nothing else with_descendants(chosen(model, exclude, "exclude"))
-
-
-def layers_and_activations(model: nn.Module) -> list[nn.Module]:
-    """Every leaf with parameters, and every activation; a parametrized layer counts as a leaf."""
-    inside = {m for layer in model.modules() if is_parametrized(layer) for m in layer.parametrizations.modules()}  # type: ignore[union-attr]
-    leaves = [m for m in open_modules(model) if m not in inside and _is_leaf(m)]
-    return [m for m in leaves if next(m.parameters(), None) is not None or is_activation(m)]
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    return {name for name, _ in module.named_children()} <= {"parametrizations"}
-
-
-def is_activation(module: nn.Module) -> bool:
-    """Whether a leaf without parameters is one of `torch.nn`'s activations, or acts like one when tried on numbers.
-
-    That is to say: each output depends on the input in its place alone, and not linearly.
-    """
-    if type(module).__module__ == nn.Softmax.__module__:
-        return True
-    if next(module.buffers(), None) is not None:
-        return False
-    x = torch.linspace(-3.0, 3.0, 8)
-    try:
-        with torch.no_grad():
-            f = copy.deepcopy(module).eval()  # what it may keep of the trial goes with the copy
-            y, part, doubled, turned = f(x.clone()), f(x[:5].clone()), f(-2 * x), f(x.flip(0))
-            elementwise = y.shape == x.shape and torch.equal(y[:5], part) and torch.equal(y.flip(0), turned)
-            return bool(elementwise and not torch.allclose(doubled, -2 * y))
-    except Exception:  # it wants other inputs: no activation takes only those
-        return False
 
 
 def names_in(choice: Choice) -> list[str]:

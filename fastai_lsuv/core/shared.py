@@ -13,7 +13,7 @@ from fastai_lsuv.core.iterated import Broyden, ScaleAndShift
 from fastai_lsuv.core.layers import Layer
 from fastai_lsuv.core.options import Options
 from fastai_lsuv.core.reasons import Note
-from fastai_lsuv.core.statistics import Moments
+from fastai_lsuv.core.statistics import Measured, Moments, fetched
 
 
 class SharedLayers:
@@ -37,15 +37,19 @@ class SharedLayers:
         """Note one call of a layer."""
         self.pooled[layer] = self.pooled[layer].merge(now) if layer in self.pooled else now
         if now.n > 1 and layer.is_block:
-            self.one_sided[layer] = self.one_sided.get(layer, True) and is_one_sided(y, now)
+            self.one_sided[layer] = self.one_sided.get(layer, True) and is_one_sided(y, now.on_host())
 
     def drop(self, layer: Layer) -> None:
         """Leave a layer alone from now on."""
         self.knobs.pop(layer, None)
 
+    def measured(self) -> dict[Layer, Measured]:
+        """Return the moments of each layer over all its calls."""
+        return dict(zip(self.pooled, fetched([*self.pooled.values()]), strict=True))
+
     def turn(self, but: set[Layer]) -> bool:
         """Turn the knobs of all layers together, unless all are right; return whether they were turned."""
-        shared = {layer: seen for layer, seen in self.pooled.items() if layer not in but}
+        shared = {layer: seen for layer, seen in self.measured().items() if layer not in but}
         self._set_up(shared)
         worst = max((layer.target.error(seen) for layer, seen in shared.items()), default=0.0)
         if worst <= self.options.tol / 2 or self.n_turns == self.options.max_iter:
@@ -61,7 +65,7 @@ class SharedLayers:
             layer.n_iter += 1
         return True
 
-    def _set_up(self, shared: dict[Layer, Moments]) -> None:
+    def _set_up(self, shared: dict[Layer, Measured]) -> None:
         for layer, seen in shared.items():
             if layer not in self.knobs:
                 if layer.can_shift and not layer.exposed_bias and self.one_sided.get(layer):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,9 +46,27 @@ class Moments:
         m2 = self._m2() + other._m2() + delta**2 * (self.n * other.n / n)
         return Moments(n, self.mean + delta * (other.n / n), (m2 / (n - 1)).sqrt())
 
+    def on_host(self) -> Measured:
+        """Return the same as numbers, which waits for the device."""
+        return fetched([self])[0]
+
     def _m2(self) -> Tensor:
         """Sum of squared deviations from the mean."""
         return self.std.square() * (self.n - 1) if self.n > 1 else torch.zeros_like(self.mean)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Moments as plain numbers: one mean and std, or one of each channel."""
+
+    n: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all are finite."""
+        return all(map(math.isfinite, (*self.mean, *self.std)))
 
 
 def moments(x: Tensor, channel_dim: int | None = None, careful: bool = False) -> Moments:
@@ -74,21 +94,31 @@ def at_hand(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors of one floating type on the CPU: one wait for each device, whatever their number."""
-    home: dict[int, Tensor] = {}
-    for device in {t.device for t in tensors}:
-        there = [(i, t) for i, t in enumerate(tensors) if t.device == device]
-        numbers = torch.cat([t.reshape(-1) for _, t in there]).cpu()
-        parts = numbers.split([t.numel() for _, t in there])
-        home |= {i: part.view(t.shape) for (i, t), part in zip(there, parts, strict=True)}
+def on_host(tensors: Sequence[Tensor]) -> list[tuple[float, ...]]:
+    """Return the values of tensors: one wait for each device, whatever their number."""
+    alike: dict[Any, list[int]] = {}
+    for i, t in enumerate(tensors):
+        alike.setdefault((t.device, t.dtype, t.dim() == 0), []).append(i)
+    home: dict[int, tuple[float, ...]] = {}
+    for (_, _, scalars), places in alike.items():
+        if scalars:
+            values = torch.stack([tensors[i] for i in places]).tolist()
+            home |= {i: (value,) for i, value in zip(places, values, strict=True)}
+        else:
+            rest = iter(torch.cat([tensors[i].reshape(-1) for i in places]).tolist())
+            home |= {i: tuple(islice(rest, tensors[i].numel())) for i in places}
     return [home[i] for i in range(len(tensors))]
 
 
-def fetched(seen: Sequence[Moments]) -> list[Moments]:
-    """Return the same moments on the CPU, in one go."""
+def fetched(seen: Sequence[Moments]) -> list[Measured]:
+    """Return moments as numbers, in one go."""
     home = on_host([x for m in seen for x in (m.mean, m.std)])
-    return [Moments(m.n, *pair) for m, pair in zip(seen, zip(home[::2], home[1::2], strict=True), strict=True)]
+    return [Measured(m.n, *pair) for m, pair in zip(seen, zip(home[::2], home[1::2], strict=True), strict=True)]
+
+
+def at_least_single(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which values of a type are computed with."""
+    return dtype if dtype.itemsize >= torch.float32.itemsize else torch.float32
 
 
 def in_memory_order(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from fastai_lsuv.core.statistics import Moments
+from fastai_lsuv.core.statistics import Measured
 
 EXACT = 1e-3  # |mean - wanted| and |std - wanted| of an affine layer in a clean pass; of a wanted std below 1
 
@@ -22,10 +22,10 @@ class Target:
         """What deviations are measured in: the wanted std where it is below 1, of which 1e-3 may be all."""
         return min(1.0, self.std or 1.0)
 
-    def error(self, seen: Moments) -> float:
-        """Return how far mean and std are off, in the worst channel; NaN if they aren't finite."""
+    def error(self, seen: Measured) -> float:
+        """Return how far mean and std are off, in the worst channel; NaN if they aren't numbers."""
         pairs = (seen.mean, self.mean), (seen.std, self.std)
-        off = [float((got - wanted).abs().max()) for got, wanted in pairs if wanted is not None]
+        off = [abs(value - wanted) for values, wanted in pairs if wanted is not None for value in values]
         return math.nan if any(map(math.isnan, off)) else max(off, default=0.0) / self.scale
 
     def without_mean(self) -> Target:

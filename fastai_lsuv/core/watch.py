@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fastai_lsuv.core import statistics
 from fastai_lsuv.core.affine import (
@@ -24,12 +25,13 @@ from fastai_lsuv.core.copies import copied, tensors_in
 from fastai_lsuv.core.dry_run import After, Before, Call, DryRun
 from fastai_lsuv.core.modules import has_parameters, is_scripted, named_modules, within_reach
 from fastai_lsuv.core.options import Options
-from fastai_lsuv.core.probe import find_affine_parameters, first_tensor, has_more, small_noise
+from fastai_lsuv.core.probe import find_affine_parameters, first_tensor, small_noise
 from fastai_lsuv.core.products import Products, Weights
 from fastai_lsuv.core.selection import chosen, excluded
 from fastai_lsuv.core.signature import signature
-from fastai_lsuv.core.statistics import Moments, fetched, moments
+from fastai_lsuv.core.statistics import Measured, Moments, fetched, moments
 
+_PLAIN = (int, float, complex, str, bytes, type(None))  # values in an output that have nothing to do with its scale
 LISTED_TYPES = (*AFFINE_TYPES, *RECURRENT_TYPES)  # in the report in any case, with a reason if they are left alone
 
 
@@ -41,7 +43,8 @@ class Seen:
     affine: AffineParameters | None = None  # of a layer, as the probe sees it
     gain: AffineParameters | None = None  # of a chosen module that only has a scale
     multiplied: list[Weights] = field(default_factory=list)  # its weights that meet the input in a product
-    moments: Moments | None = None
+    moments: Moments | None = None  # on the device
+    measured: Measured | None = None  # the same on the host, after the pass
     eps: float = 0.0
     read_once: bool = False  # its squares may have left the range of their type
     has_more_outputs: bool = False  # than the tensor that is measured
@@ -75,7 +78,7 @@ class Watch:
         new = [self.seen[m] for m in watched if m in self.seen]
         measured = [(seen, seen.moments) for seen in new if seen.moments is not None]
         for (seen, _), values in zip(measured, fetched([on_device for _, on_device in measured]), strict=True):
-            seen.moments = values
+            seen.measured = values
 
     def _enter(self, module: nn.Module, call: Call) -> None:
         if module is self.dry_run.model:
@@ -115,7 +118,7 @@ class Watch:
             self._examine(module, call, y)
         if y is not None and self.is_judged(module):
             self._measure(module, y)
-            seen.has_more_outputs |= has_more(output, y)
+            seen.has_more_outputs |= any(o is not y and not isinstance(o, _PLAIN) for o in tree_leaves(output))
         self.last_output = y
 
     def _is_template(self, module: nn.Module) -> bool:
@@ -185,7 +188,7 @@ class Watch:
     def _probe(self, module: nn.Module, parameters: list[Tensor], call: Call, mixing: bool) -> AffineParameters | None:
         contains_layers = self._contains_layers(module)
         multiplied = [p for which in self.seen[module].multiplied for p in which if p.is_floating_point()]
-        with self.dry_run.replay(self.dry_run.snapshot(module, with_hooks=False)) as run:
+        with self.dry_run.replay(module, self.dry_run.snapshot(module, with_hooks=False)) as run:
             attempts = [small_noise(call, samples=1 if contains_layers else 2)]
             if not contains_layers:  # to run those on the whole batch would cost as much as a pass
                 attempts.append(call)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from itertools import groupby, islice
+from collections.abc import Callable, Iterator
+from itertools import islice
 from types import FrameType
+from typing import Any
 
 from fastai.learner import Learner
-
-_PARTS = ("one_batch", "all_batches", "_do_epoch_train", "_do_epoch_validate", "_do_epoch", "validate", "get_preds")
-_EPOCH = {"train": ("one_batch", "all_batches", "_do_epoch_train", "_do_epoch"),
-          "valid": ("one_batch", "all_batches", "_do_epoch_validate", "_do_epoch")}  # fmt: skip
 
 
 def came_through_fit(learn: Learner) -> bool:
@@ -24,10 +21,33 @@ def came_through_fit(learn: Learner) -> bool:
 
 
 def phase_of_batch(learn: Learner) -> str | None:
-    """`train` or `valid` if the batch at hand is one of a fit's own; None if a callback asked for predictions, say."""
-    at_work = (name for name, _ in groupby(_methods_at_work(learn, _PARTS)))  # one that calls `super()` counts once
-    innermost = tuple(islice(at_work, 4))
-    return next((phase for phase, parts in _EPOCH.items() if innermost == parts), None)
+    """`train` or `valid` if the event at hand is of a batch of a fit's own, whatever loop the Learner makes of it.
+
+    None if a callback of the fit asked for predictions in the middle of it, say.
+    """
+    at_work = _methods_at_work(learn, ("_call_one", "validate", "get_preds", "fit"))
+    is_own = tuple(islice(at_work, 2)) == ("_call_one", "fit")  # the event is not fired within another one
+    return ("train" if learn.training else "valid") if is_own else None
+
+
+def at_end_of_next_stage(learn: Learner, do: Callable[[], None]) -> None:
+    """Call `do` when the next stage of the Learner's loop (the coming epoch, say) ends, whatever ends it.
+
+    Of an exception or an interrupt fastai tells no callback. What does it is in the Learner's way for a moment only:
+    from now to the beginning of that stage, before its first event.
+    """
+    usual, own = learn._with_events, vars(learn).get("_with_events")
+
+    def stage(*args: Any, **kwargs: Any) -> None:
+        vars(learn).pop("_with_events", None)
+        if own is not None:
+            learn._with_events = own
+        try:
+            usual(*args, **kwargs)
+        finally:
+            do()
+
+    learn._with_events = stage
 
 
 def _methods_at_work(learn: Learner, among: tuple[str, ...]) -> Iterator[str]:

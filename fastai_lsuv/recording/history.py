@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from fastai_lsuv.recording.verdicts import verdict
+
 Floats = npt.NDArray[np.floating]
 INDEX = ("fit", "epoch", "step", "phase")
 _RUNNING = ("first_std", "last_std", "min_std", "max_std", "max_near_zero")
 HIDDEN = ("sparsity", "at_limit", "signal", "hist")  # columns that verdicts and histograms are made from
 
-# Rules of the verdicts, rough on purpose: a healthy layer of any architecture is to pass, a broken one is not.
-EXPLODING = 1e3  # std that no healthy layer reaches
-VANISHING = 1e-3  # std that is nothing beside a bias of default size
-SIGNAL = 0.01  # part of the std that the input makes: below it the outputs of all samples are the same
-CHANGE = 100.0  # by how much the std may grow (from 1 at least) or fall since the first record
-DYING = 0.95  # share of outputs that are nothing beside the layer's own std
-SATURATED = 0.35  # share of outputs at the limit of the layer's range: of a sigmoid it could be half
+
+class Layer(NamedTuple):
+    """What a reader wants to know of a layer besides its numbers."""
+
+    type: str
+    is_known: bool  # what it does: otherwise it may be one that hands on what it gets
 
 
 class Record(NamedTuple):
@@ -49,7 +50,7 @@ class History:
     ) -> None:
         self.max_records, self.columns = max_records, tuple(columns)
         self.names: list[str] = []
-        self.types: list[str] = []
+        self.layers: dict[str, Layer] = {}
         self.records: list[Record] = []
         self._numbers: list[int] = []  # of each record, among all of its phase
         self._made: Counter[str] = Counter()  # records ever made, by phase
@@ -57,14 +58,16 @@ class History:
         self._running: Floats = np.empty((0, len(_RUNNING)))
         self._latest: Floats = np.empty((0, len(self.columns)))
 
-    def add_layers(self, names: Sequence[str], types: Sequence[str]) -> list[int]:
+    def add_layers(self, layers: Mapping[str, Layer]) -> list[int]:
         """Make room for layers; returns the place of each in a record's values, the old one of a known name."""
-        for name, kind in zip(names, types, strict=True):
-            if name not in self.names:
-                self.names.append(name)
-                self.types.append(kind)
+        self.layers |= layers
+        self.names = [*self.layers]
         self._running, self._latest = (_padded(table, len(self.names)) for table in (self._running, self._latest))
-        return [self.names.index(name) for name in names]
+        return [self.names.index(name) for name in layers]
+
+    def start_over(self) -> None:
+        """Another model is judged by its own records only."""
+        self._running, self._latest = (np.full_like(table, np.nan) for table in (self._running, self._latest))
 
     def placed(self, values: Floats, places: Sequence[int]) -> Floats:
         """Values of some layers in their places among all."""
@@ -150,30 +153,15 @@ class History:
     def summary(self) -> pd.DataFrame:
         """One row for each layer that ran: its type, extremes over all training records, and a verdict."""
         running = pd.DataFrame(self._running, columns=list(_RUNNING), index=pd.Index(self.names, name="layer"))
-        running.insert(0, "type", self.types)
+        running.insert(0, "type", [layer.type for layer in self.layers.values()])
         latest = pd.DataFrame(self._latest, columns=list(self.columns), index=running.index)
-        running["verdict"] = [verdict(running.loc[name], latest.loc[name]) for name in running.index]
+        running["verdict"] = [
+            verdict(of_layer, last, layer.is_known)
+            for (_, of_layer), (_, last), layer in zip(
+                running.iterrows(), latest.iterrows(), self.layers.values(), strict=True
+            )
+        ]
         return running.dropna(subset="max_near_zero")
-
-
-def verdict(running: pd.Series, latest: pd.Series) -> str:
-    """What is wrong with a layer, by the first of these rules that applies to its latest record.
-
-    `exploding`: the std is above 1,000, or above 100 times its first value (and 100), or not finite.
-    `dying`: 95 % of the outputs are nothing (within 5 % of the layer's own std), whatever its scale.
-    `vanishing`: the std is below 0.001, or below 1 % of its first value, or less than 1 % of it is due to the input:
-    all samples give the same.
-    `saturated`: 35 % of the outputs are within 5 % of the largest size, as of a tanh or sigmoid driven too hard.
-    `healthy`: none of these.
-    """
-    first, last = running["first_std"], running["last_std"]
-    if last > min(EXPLODING, CHANGE * max(first, 1.0)):
-        return "exploding"
-    if latest["sparsity"] >= DYING:
-        return "dying"
-    if last < max(VANISHING, first / CHANGE) or latest["signal"] < SIGNAL:
-        return "vanishing"
-    return "saturated" if latest["at_limit"] >= SATURATED else "healthy"
 
 
 def _padded(table: Floats, n: int) -> Floats:

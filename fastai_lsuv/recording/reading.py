@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastai_lsuv.plots.curves import plot_layer, plot_stats
 from fastai_lsuv.plots.maps import plot_dead, plot_hist, plot_hists
+from fastai_lsuv.recording.description import HIST_RANGE
 from fastai_lsuv.recording.history import Floats, History
-from fastai_lsuv.recording.sampling import HIST_RANGE
 
 
 class Reading:
@@ -41,7 +41,7 @@ class Reading:
     def summary(self) -> pd.DataFrame:  # by the layers' names
         """A row for each layer that ran, with its `type`, `first_std`, `last_std`, `min_std`, `max_std`,
         `max_near_zero`, of all training records ever made, and a `verdict`: see
-        `fastai_lsuv.recording.history.verdict`.
+        `fastai_lsuv.recording.verdicts.verdict`.
         """
         self._flush()
         return self._history.summary()

@@ -1,45 +1,53 @@
-"""What a sample of a tensor's values shows of it, at a cost that doesn't grow with the tensor."""
+"""Which values of a tensor are looked at: so many that its mean and std are known, and no more."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-
-from fastai_lsuv.core.statistics import in_memory_order
 
 # A sample of a large output: mean and std are then within 2 % of the std, for a cost that doesn't grow with the output.
 SAMPLE = 2**15  # values, or somewhat more or less
-FEW = 2**12  # of these, or so, for the share near zero and a histogram
+FEW = 2**12  # of these, or so, for the share near zero, a histogram and the signal
 FEWER = 2**10  # of those, or so, for what only a verdict is made from
-HIST_BINS, HIST_RANGE = 40, (0.0, 10.0)  # as in fastai's `ActivationStats`: `histc(40, 0, 10)`
-FEATURES = ("mean", "std", "near_zero", "sparsity", "at_limit", "signal")  # see `describe`
-_SPARSE = 0.05  # of the std: nearer to 0 than this is nothing beside the rest
-_LIMIT = 0.05  # of the range of sizes: nearer to its upper end than this is at the limit
-_MANY = 100  # of fewer values some are always near their limit
 
 
-def sample(x: Tensor, size: int = SAMPLE) -> Tensor:
-    """A copy of about `size` values of `x` in fp32, spread evenly over all of it: all values if there are no more.
+@dataclass(frozen=True)
+class Spots:
+    """Where the values of a tensor of one shape and layout lie that are looked at, evenly spread over its memory.
 
-    Its first dimension is that of the batch, or has two halves of the same places in both halves of the batch, so that
-    the samples in it can be compared; it has one, if the size of a large batch is odd.
+    In two rows, if the batch can be halved: the same places in both halves, so that the inputs in it can be compared.
     """
-    x = x.detach()
-    if type(x) is not Tensor:
-        x = x.as_subclass(Tensor)
-    if x.is_nested:
-        x = x.values()
-    if x.numel() > size:
-        halves = 1 if len(x) % 2 else 2
-        values = in_memory_order(x).view(halves, -1)
-        x = values[:, :: _distance(values.shape[1], x.numel() / size)]
-    return x.to(torch.float32, copy=True)
+
+    size: tuple[int, int]  # (halves, values of each)
+    stride: tuple[int, int]
+    n: int  # of all values
+    is_dense: bool  # the tensor's memory holds its values and no others
+
+    @classmethod
+    def of(cls, x: Tensor, wanted: int = SAMPLE) -> Spots:
+        """Choose about `wanted` values; all of them if there are no more."""
+        n, by_stride = x.numel(), sorted(range(x.dim()), key=x.stride, reverse=True)
+        is_dense = x.permute(by_stride).is_contiguous()
+        batch_is_outermost = not is_dense or not by_stride or by_stride[0] == 0 or x.stride(0) == x.stride(by_stride[0])
+        halves = 2 if x.dim() and not len(x) % 2 and batch_is_outermost else 1
+        of_half = n // halves
+        apart = distance(of_half, n / wanted) if n > wanted else 1
+        return cls((halves, math.ceil(of_half / apart)), (of_half, apart), n, is_dense)
+
+    @property
+    def values(self) -> int:
+        """How many are looked at."""
+        return self.size[0] * self.size[1]
+
+    def view(self, x: Tensor) -> Tensor:
+        """Look at them, in rows of the halves, without a copy where the memory is dense."""
+        return (x if self.is_dense else x.contiguous()).as_strided(self.size, self.stride)
 
 
-def _distance(n: int, wanted: float) -> int:
-    """A distance between sampled values of `n` that has no divisor in common with `n`, hence none with any dimension.
+def distance(n: int, wanted: float) -> int:
+    """Return a distance between sampled values of `n` that has no divisor in common with `n`, nor with any dimension.
 
     A power of two would see the border columns of a map, or some of the channels, and no others. It is the next that is
     not below `wanted`; or the next below, if that would leave less than two thirds of the values and this not too many.
@@ -54,58 +62,6 @@ def _distance(n: int, wanted: float) -> int:
     return below if wanted <= 4 * below else above
 
 
-def describe(
-    samples: Tensor,  # of outputs of one size, as `sample` makes them, side by side: (outputs, …), fp32
-    n: int,  # number of values of each output
-    near_zero: float = 0.05,  # |x| up to it counts as near zero
-    with_hist: bool = False,  # with a histogram, whose counts are scaled up to all `n` values
-) -> Tensor:
-    """What each sample shows: (outputs, features), with the columns of `FEATURES`, then those of a histogram.
-
-    `mean` and (unbiased) `std`; `near_zero`, the share of |x| <= near_zero; `sparsity`, the share that is nearly zero
-    beside the std, whatever the scale; `at_limit`, the share of sizes near the largest: of a saturated tanh nearly all,
-    of a saturated sigmoid half; `signal`, the part of the std that differs from one half of the batch to the other, 0
-    to about 1 (NaN of an odd batch). Nothing waits for the device.
-    """
-    rows = samples.reshape(len(samples), -1)
-    values = rows.shape[1]
-    few = rows[:, :: _distance(n, values / FEW)]
-    size = few.abs()
-    near = _share(size <= near_zero)
-    size = size[:, :: _distance(n, size.shape[1] / FEWER)]
-    low, high = size.aminmax(dim=1, keepdim=True)
-    mean = rows.mean(1)
-    scale = torch.where((high > 0) & high.isfinite(), high, 1.0)  # squares of tiny and huge values are no float32
-    norm = torch.linalg.vector_norm((rows - mean[:, None]).div_(scale), dim=1) * scale[:, 0]
-    std = norm / math.sqrt(values - 1) if values > 1 else norm * math.nan
-    at_limit = _share(size >= high - _LIMIT * (high - low)) if values >= _MANY else torch.zeros_like(mean)
-    sparsity = _share(size <= _SPARSE * std.nan_to_num(0.0)[:, None])
-    features = torch.stack([mean, std, near, sparsity, at_limit, _signal(samples) / std], 1)
-    return torch.cat([features, _histogram(few, n)], 1) if with_hist else features
-
-
-def _share(true: Tensor) -> Tensor:
-    return true.sum(1) / true.shape[1]
-
-
-def _signal(samples: Tensor) -> Tensor:
-    """How far the halves of the batch differ in the same places, as a std."""
-    if samples.dim() < 2 or samples.shape[1] % 2:
-        return samples.new_full((len(samples),), math.nan)
-    first, second = samples.reshape(len(samples), 2, -1)[:, :, :FEW].unbind(1)
-    difference = first - second
-    return torch.linalg.vector_norm(difference, dim=1) / math.sqrt(2 * difference.shape[1])
-
-
-def _histogram(rows: Tensor, n: int) -> Tensor:
-    """`rows[i].histc(HIST_BINS, *HIST_RANGE)` for every row, scaled up to `n` values; the end of the range is outside.
-
-    By arithmetic alone, for all rows at once: `histc` takes several times as long.
-    """
-    low, high = HIST_RANGE
-    width = HIST_BINS + 2
-    place = ((rows - low) * (HIST_BINS / (high - low)) + 1).clamp_(0, width - 1)  # 0: below, width - 1: above
-    place = place.long().clamp_(min=0)  # NaN, as a whole number, is far below
-    bins = place.add_(width * torch.arange(len(rows), device=rows.device)[:, None]).view(-1)
-    counts = rows.new_zeros(len(rows) * width).scatter_add_(0, bins, rows.new_ones(()).expand(len(bins)))
-    return counts.view(-1, width)[:, 1:-1] * (n / rows.shape[1])
+def plain_values(x: Tensor) -> Tensor:
+    """Return the values of a tensor of any kind, in one that has them in memory (nested ones all in a row)."""
+    return x.values() if x.is_nested else x

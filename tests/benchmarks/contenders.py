@@ -1,4 +1,4 @@
-"""What is compared: models, a forward pass as LSUV makes it, `lsuv_`, the PyPI package `lsuv`, the fast.ai course's loop."""
+"""What is compared: models, a forward pass as LSUV makes it, `lsuv_`, the package `lsuv`, the fast.ai course's loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from fastai_lsuv import lsuv_
 from fastai_lsuv.core.correction import Correction
-from fastai_lsuv.core.discovery import discover
+from fastai_lsuv.core.discovery import Discovery
 from fastai_lsuv.core.dry_run import DryRun
 from fastai_lsuv.core.options import Options
 
@@ -42,7 +42,7 @@ def build(name, small=False):
     return make(), torch.randn(few if small else shape)
 
 
-# --- one forward pass ----------------------------------------------------------------------------------------------------
+# --- one forward pass -------------------------------------------------------------------------------------------------
 
 
 def in_eval_mode(model):
@@ -63,20 +63,20 @@ def forward_pass(model, x):
         model(x)
 
 
-# --- ours ----------------------------------------------------------------------------------------------------------------
+# --- ours -------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def correcting_pass(model, x) -> Iterator:
     "The second of the three passes alone, ready to be run: measure and correct every layer, from its hook."
     dry_run = DryRun(model, ((x,), {}))
-    yield Correction(dry_run, discover(dry_run, Options()), Options()).make_pass
+    yield Correction(dry_run, Discovery(dry_run, Options()).layers, Options()).make_pass
 
 
 whole = lsuv_
 
 
-# --- the others ----------------------------------------------------------------------------------------------------------
+# --- the others -------------------------------------------------------------------------------------------------------
 
 
 def package(model, x):

@@ -76,7 +76,7 @@ def others(name):
     """The same work by the package and by the course's loop, on a small batch.
 
     Their forward passes are counted, and the package's time beside them (its orthogonal initialisation above all) is
-    measured: neither grows with the batch. What a pass takes is measured on the large batch, in eval mode, which is theirs.
+    measured: neither grows with the batch. What a pass takes is measured on the large batch, in eval mode.
     """
     counts = {}
     for label, run in (("package", package), ("course", course)):

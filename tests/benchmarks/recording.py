@@ -1,4 +1,4 @@
-"""What it costs to record activations: training without a callback, with fastai's `ActivationStats`, with ours, in turns."""
+"""What recording activations costs: training with no callback, with fastai's `ActivationStats`, with ours, in turns."""
 
 from __future__ import annotations
 

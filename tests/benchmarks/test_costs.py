@@ -1,4 +1,4 @@
-"""What LSUV costs, in forward passes of the same model on the same batch: `pytest tests/benchmarks` (with the `bench` extra).
+"""What LSUV costs, in forward passes of the same model on the same batch: `pytest tests/benchmarks` (extra `bench`).
 
 Ratios are medians over rounds in which everything takes its turn. The bounds are those that were set as goals.
 """

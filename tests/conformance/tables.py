@@ -98,8 +98,9 @@ def summary(verdicts) -> str:
 
 def headline(verdicts) -> str:
     right, layers = sum(v.outcome == "right" for v in verdicts), sum(v.layers for v in verdicts)
+    at_target = sum(v.right for v in verdicts)
     return (
-        f"{right} of {len(verdicts)} architectures right: of {layers:,} layers {sum(v.right for v in verdicts):,} at their target, "
+        f"{right} of {len(verdicts)} architectures right: of {layers:,} layers {at_target:,} at their target, "
         f"{sum(sum(v.skipped.values()) for v in verdicts):,} left alone and named with a reason that is true"
     )
 

@@ -1,4 +1,4 @@
-"""What `lsuv_` made of one architecture, by the audit: every layer at its target or named with a reason that is true."""
+"""What `lsuv_` made of an architecture, by the audit: every layer at its target or named with a true reason."""
 
 from __future__ import annotations
 

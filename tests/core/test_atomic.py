@@ -161,7 +161,7 @@ def test_what_is_no_model(model):
         lsuv_(model, rows())
 
 
-# --- a pass that raises -------------------------------------------------------------------------------------------------
+# --- a pass that raises -----------------------------------------------------------------------------------------------
 
 ERRORS = {
     "with a message": lambda: RuntimeError("no luck"),

@@ -83,7 +83,7 @@ def test_a_shared_layer_does_not_spoil_the_others():
             assert abs(r.std - 1) <= 1e-3 and abs(r.mean) <= 1e-3, r.name
 
 
-# --- one weight, several layers -----------------------------------------------------------------------------------------
+# --- one weight, several layers ---------------------------------------------------------------------------------------
 
 
 def test_of_two_tied_layers_the_first_to_run_is_corrected():
@@ -124,7 +124,7 @@ def test_a_tied_bias_alone_does_not_move_twice():
     assert report["2"].status != report["4"].status or not moved(bits, net) & {"2.bias", "4.bias"}
 
 
-# --- blocks -------------------------------------------------------------------------------------------------------------
+# --- blocks -----------------------------------------------------------------------------------------------------------
 
 
 def test_conv_and_relu_as_children_live_on():
@@ -242,7 +242,7 @@ def test_a_block_that_normalises_last_is_left_alone():
     assert (row.status, row.reason) == ("skipped", "weight has no effect on scale") and not moved(bits, net)
 
 
-# --- the founding article's children, the course's ConvLayer ------------------------------------------------------------
+# --- the founding article's children, the course's ConvLayer ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("init", [None, nn.init.kaiming_normal_], ids=["default", "kaiming"])

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from audit import audit, fingerprint, moved, outputs_of, parameter_bits, rng_print
@@ -114,7 +115,7 @@ def test_what_is_there_already_is_unchanged():
     assert row_values(again) == row_values(lsuv_(net, x))
 
 
-# --- per_channel --------------------------------------------------------------------------------------------------------
+# --- per_channel ------------------------------------------------------------------------------------------------------
 
 
 CHANNELS = [
@@ -167,7 +168,7 @@ def test_per_channel_with_a_dead_channel_stays_finite():
     assert net[0].weight.abs().max() < 1e3
 
 
-# --- modules and exclude ------------------------------------------------------------------------------------------------
+# --- modules and exclude ----------------------------------------------------------------------------------------------
 
 FORMS = {  # form: (modules, the units of `convnet` that it means)
     "a type": (nn.Conv2d, ["0", "2", "4"]),
@@ -248,7 +249,7 @@ def test_rows_are_in_the_order_of_execution():
     assert names(lsuv_(Backwards(), x, modules=["last", "first"])) == ["first", "last"]
 
 
-# --- init ---------------------------------------------------------------------------------------------------------------
+# --- init -------------------------------------------------------------------------------------------------------------
 
 
 def test_orthogonal_init_is_step_one_of_the_paper():
@@ -341,3 +342,42 @@ def test_init_is_applied_once_to_a_tied_weight():
 
     lsuv_(TiedPair(), rows(), init=init, modules=["a", "b"])
     assert len(seen) == 1
+
+
+# --- slips --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (lambda: (rows(), mlp(10, 8, 3)), "in this order"),
+        (lambda: (mlp(10, 8, 3), rows().numpy()), "torch.as_tensor"),
+        (lambda: (mlp(10, 8, 3), torch.utils.data.DataLoader(rows(), 8)), "one batch"),
+        (lambda: (mlp(10, 8, 3), (rows(), torch.arange(64))), "without the targets"),
+        (lambda: (rows(), rows()), "is a Tensor: expected a torch.nn.Module"),
+    ],
+    ids=["swapped", "array", "loader", "with targets", "no model"],
+)
+def test_a_slip_gets_one_clear_line(arguments, said):
+    with pytest.raises(TypeError, match=said) as e:
+        lsuv_(*arguments())
+    assert len(str(e.value)) < 400, "no tensor is dumped into a message"
+
+
+def test_numbers_of_numpy_are_numbers():
+    options = dict(std=np.float32(0.5), mean=np.float64(0), max_iter=np.int64(3), tol=np.float32(1e-3))
+    assert lsuv_(mlp(10, 8, 3), rows(), **options).converged
+
+
+@pytest.mark.parametrize("option", ["per_channel", "residual"])
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_yes_or_no_is_true_or_false(option, value):
+    with pytest.raises(TypeError, match=f"{option}={value!r}: expected True or False"):
+        lsuv_(mlp(10, 8, 3), rows(), **{option: value})
+
+
+def test_a_report_knows_its_layers_by_name():
+    report = lsuv_(mlp(10, 8, 3), rows())
+    assert "0" in report
+    assert "1" not in report
+    assert report[0] in report

@@ -164,7 +164,7 @@ def test_it_is_silent(capfd):
     assert capfd.readouterr() == ("", "") and not caught
 
 
-# --- what it cannot correct: as it was to the bit, and named ------------------------------------------------------------
+# --- what it cannot correct: as it was to the bit, and named ----------------------------------------------------------
 
 
 def skipped(net, x, name, reason, **kwargs):

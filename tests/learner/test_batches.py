@@ -78,7 +78,7 @@ LOADERS = {
 
 
 def trained(loaders, how="plainly", epochs=2, **options):
-    "A Learner after training, with LSUV or without; and what the training saw: its batches and the random streams at each."
+    "A Learner after training, with LSUV or without; and what training saw: its batches, the random streams at each."
     seed(23)
     learn = learner(loaders(), nn.Sequential(small_cnn(), nn.Dropout(0.2)))
     seed(42)
@@ -149,7 +149,7 @@ def test_nothing_is_left_on_the_model():
             assert len(getattr(m, key)) == len(getattr(o, key)), (name, key)
 
 
-# --- which batch ------------------------------------------------------------------------------------------------------------
+# --- which batch ------------------------------------------------------------------------------------------------------
 
 
 class Pairs(tud.Dataset):
@@ -220,7 +220,7 @@ def test_the_given_batch_is_left_as_it_was():
     assert bits(b[0]) == kept
 
 
-# --- when it fails ------------------------------------------------------------------------------------------------------------
+# --- when it fails ----------------------------------------------------------------------------------------------------
 
 
 def test_a_learner_without_data_is_told_so():
@@ -307,7 +307,7 @@ def test_a_model_with_nothing_to_correct_trains_on():
 
 
 def model_of_a_learner(fitted):
-    "A model, and a weak reference to the Learner that it was in. (A frame that is still alive may keep a copy of its locals.)"
+    "A model, and a weak reference to its former Learner. (A frame that is alive may keep a copy of its locals.)"
     learn = learner(fastai_loaders(), small_cnn(), cbs=LSUVCallback())
     if fitted:
         learn.fit(1)

@@ -1,4 +1,4 @@
-"""Two processes that train one model, over gloo on the CPU: one set of weights, statistics of both batches, one line, one end."""
+"""Two processes that train one model, over gloo on the CPU: one decision, one set of weights, one line, one end."""
 
 import multiprocessing
 import socket
@@ -6,7 +6,6 @@ import socket
 import distributed_script as script
 import pytest
 import torch
-from audit import audit
 from torch import nn
 
 from fastai_lsuv import lsuv_
@@ -57,97 +56,66 @@ def lines(*results):
     return [line for r in results for line in r["out"].splitlines() if "LSUV" in line]
 
 
-def joined(a, b):
-    return torch.cat([a["inputs"][0], b["inputs"][0]])
-
-
-def at_once(model, weights, batch, **options):
-    "One process, on the joined batch, from the weights of rank 0."
+def assert_as_one_process(a, model, inputs, rel=1e-5, **options):
+    "Rank 0's weights and report are those that one process makes of its own weights and this batch."
     net = script.MODELS[model]()
-    net.load_state_dict(weights)
-    return net, lsuv_(net, batch, **options)
-
-
-def assert_close(got, net, rel=1e-5):
-    for name, p in net.state_dict().items():
-        assert (got[name] - p).norm() <= rel * p.norm().clamp(min=1e-3), name
-
-
-def assert_rows(rows, report, rel=1e-4):
-    assert [(r["name"], r["n_calls"], r["status"], r["reason"]) for r in rows] == [
+    net.load_state_dict(a["own"])
+    report = lsuv_(net, inputs, **options)
+    for name, value in net.state_dict().items():
+        assert torch.allclose(a["after"][name], value, rtol=rel, atol=rel), name
+    assert [(r["name"], r["n_calls"], r["status"], r["reason"]) for r in a["rows"]] == [
         (r.name, r.n_calls, r.status, r.reason) for r in report
     ]
-    for got, want in zip(rows, report):
+    for got, want in zip(a["rows"], report, strict=True):
         for key in ("mean_before", "std_before", "mean_after", "std_after"):
-            assert got[key] == pytest.approx(getattr(want, key), rel=rel, abs=rel), (got, want)
+            assert got[key] == pytest.approx(getattr(want, key), rel=10 * rel, abs=10 * rel, nan_ok=True), (got, want)
 
 
-# --- one set of weights, from the statistics of both ---------------------------------------------------------------------------------
+# --- rank 0's weights on rank 0's batch -------------------------------------------------------------------------------
 
 CASES = {
     "as it is": {},
-    "by channel": {"per_channel": True},
-    "targets": {"mean": 0.25, "std": 0.5},
-    "a shared layer": {"model": "shared"},
+    "from the loaders": {"given": False},
+    "by channel, targets": {"per_channel": True, "mean": 0.25, "std": 0.5},
     "blocks": {"model": "blocks", "modules": nn.Module.children},
-    "some": {"exclude": "0"},
-    "branches": {"model": "branches", "residual": True},
+    "norms": {"model": "norms"},
 }
 
 
-@pytest.mark.parametrize("given", [True, False], ids=["a batch each", "from the loaders"])
 @pytest.mark.parametrize("case", CASES)
-def test_as_one_process_on_the_joined_batch(both, case, given):
-    "Ranks begin with other weights and other data; both end where one process with rank 0's weights and all of the data does."
-    options = CASES[case]
-    a, b = both(script.train, given=given, **options)
-    assert not same(a["own"], b["own"]) and not torch.equal(a["inputs"][0].mean(), b["inputs"][0].mean())
-    for r in (a, b):
-        assert all(torch.equal(x, r["inputs"][0]) for x in r["inputs"] if x.shape == r["inputs"][0].shape)
-    assert a["ran"] and b["ran"]
+def test_as_one_process_with_rank_0_s_weights_and_batch(both, case):
+    "Ranks begin with other weights, buffers and data; both end where rank 0 alone would have, with one line."
+    options = dict(CASES[case])
+    a, b = both(script.train, **options)
+    given, model = options.pop("given", True), options.pop("model", "plain")
+    assert not same(a["own"], b["own"])
+    inputs = script.own_batch(0)[0] if given else a["inputs"][0]
+    assert all(torch.equal(x, inputs) for r in (a, b) for x in r["inputs"] if x.shape == inputs.shape)
+    assert a["ran"]
+    assert b["ran"]
     assert same(a["after"], b["after"]), "after LSUV, before anything else could make them equal"
-    assert same(a["first"], a["after"]) and same(b["first"], b["after"])
-    net, report = at_once(
-        options.get("model", "plain"), a["own"], joined(a, b), **{k: v for k, v in options.items() if k != "model"}
-    )
-    iterated = case in ("blocks", "a shared layer")
-    assert_close(a["after"], net, 1e-3 if iterated else 1e-5)
-    assert_rows(a["rows"], report, 1e-3 if iterated else 1e-4)
+    assert same(a["first"], a["after"])
+    assert same(b["first"], b["after"])
     assert a["rows"] == b["rows"]
+    assert_as_one_process(a, model, inputs, **options)
     assert len(lines(a, b)) == 1, "one line for both"
 
 
 def test_a_random_initialiser_gives_the_same_weights_on_both(both):
     a, b = both(script.train, init=nn.init.orthogonal_)
-    assert same(a["after"], b["after"]) and same(a["first"], b["first"])
+    assert same(a["after"], b["after"])
+    assert same(a["first"], b["first"])
+    assert a["rows"] == b["rows"]
     assert all(row["status"] == "corrected" and abs(row["std_after"] - 1) <= 1e-3 for row in a["rows"])
     kernels = a["after"]["0.weight"].flatten(1)
-    assert torch.allclose(kernels @ kernels.T, (kernels @ kernels.T).diagonal().mean() * torch.eye(8), atol=1e-4), (
-        "orthogonal still"
-    )
-    net, _ = at_once("plain", a["after"], joined(a, b))
-    assert_close(a["after"], net, 2e-3)
+    assert torch.allclose(kernels @ kernels.T, (kernels @ kernels.T).diagonal().mean() * torch.eye(8), atol=1e-4)
 
 
-def test_batch_norms_normalise_each_rank_by_its_own_batch(both):
-    "What is pooled is the statistics of the outputs; buffers are those of rank 0."
-    a, b = both(script.train, model="norms")
-    assert same(a["after"], b["after"]) and same(a["first"], b["first"])
-    buffers = [n for n in a["own"] if "running" in n or "tracked" in n]
-    assert len(buffers) == 6 and any(not torch.equal(a["own"][n], b["own"][n]) for n in buffers)
-    for n in buffers:
-        assert torch.equal(a["after"][n], a["own"][n]), n
-    net = script.MODELS["norms"]()
-    net.load_state_dict(a["after"])
-    for one, other in zip(audit(net, a["inputs"][0]), audit(net, b["inputs"][0])):
-        n, mean = one.n + other.n, (one.n * one.mean + other.n * other.mean) / (one.n + other.n)
-        m2 = one.m2 + other.m2 + one.n * (one.mean - mean) ** 2 + other.n * (other.mean - mean) ** 2
-        row = next(r for r in a["rows"] if r["name"] == one.name)
-        assert abs(mean) <= 1e-3 and abs((m2 / (n - 1)) ** 0.5 - 1) <= 1e-3, one.name
-        assert (row["mean_after"], row["std_after"]) == (
-            pytest.approx(mean, abs=1e-4),
-            pytest.approx((m2 / (n - 1)) ** 0.5, rel=1e-4),
-        )
+def test_ranks_whose_models_route_by_the_data_run_the_same_layers(both):
+    a, b = both(script.lsuv_init, models=("either", "either"))
+    assert same(a["after"], b["after"])
+    assert [r["n_calls"] for r in a["rows"]] == [r["n_calls"] for r in b["rows"]]
+    assert_as_one_process(a, "either", script.own_batch(0)[0])
 
 
 def test_both_train_on_the_batches_that_they_would_have_trained_on(both):
@@ -165,10 +133,9 @@ def test_afterwards_the_model_is_itself_and_the_next_fit_of_each_alone_does_not_
 
 def test_the_explicit_door(both):
     a, b = both(script.lsuv_init)
-    assert same(a["after"], b["after"]) and a["rows"] == b["rows"]
-    net, report = at_once("plain", a["own"], torch.cat([script.own_batch(r)[0] for r in (0, 1)]))
-    assert_close(a["after"], net)
-    assert_rows(a["rows"], report)
+    assert same(a["after"], b["after"])
+    assert a["rows"] == b["rows"]
+    assert_as_one_process(a, "plain", script.own_batch(0)[0])
     assert not lines(a, b)
 
 
@@ -194,7 +161,7 @@ def test_rank_0_records(both, tmp_path):
     assert all(torch.equal(a["end"][n], b["end"][n]) for n in a["end"] if "running" not in n and "tracked" not in n)
 
 
-# --- one decision -------------------------------------------------------------------------------------------------------------------
+# --- one decision -----------------------------------------------------------------------------------------------------
 
 
 def test_both_decline_where_rank_0_was_loaded(both):
@@ -236,7 +203,7 @@ def test_fine_tuning_says_once_what_it_says(both):
     assert same(a["after"], b["after"])
 
 
-# --- one end ------------------------------------------------------------------------------------------------------------------------
+# --- one end ----------------------------------------------------------------------------------------------------------
 
 FAILURES = [
     ("data", "value", 1),
@@ -249,7 +216,7 @@ FAILURES = [
     (2, "interrupt", 1),
     (2, "interrupt", 0),
     ("data", "interrupt", 1),
-    ("nan", "value", 1),
+    ("nan", "value", 0),
 ]
 
 
@@ -270,11 +237,9 @@ def test_an_error_on_one_rank_ends_both(both, where, kind, on):
     assert same(results[0]["after"], results[1]["after"])
 
 
-def test_ranks_that_run_different_layers_do_not_wait_for_each_other(both):
-    "Either all of them end with an error, as they were, or with the same weights."
-    a, b = both(script.lsuv_init, model="either")
-    assert ("error" in a) == ("error" in b)
-    if "error" in a:
-        assert same(a["left"], a["own"]) and same(b["left"], b["own"])
-    else:
-        assert same(a["after"], b["after"])
+def test_ranks_with_different_models_end_with_an_error(both):
+    results = both(script.lsuv_init, models=("plain", "norms"))
+    for r in results:
+        assert "differ in shape" in r["error"]
+        assert same(r["after"], r["own"])
+        assert not r["rows"]

@@ -1,4 +1,4 @@
-"""DESIGN section 5: export → load_learner in a new process, deep copies, pickles: it loads, never runs again, carries no data."""
+"""DESIGN section 5: export, deep copies, pickles: they load in a new process, never run again, carry no data."""
 
 import copy
 import os

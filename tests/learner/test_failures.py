@@ -1,4 +1,4 @@
-"""A fit that LSUV aborts: the cause is named, the model to the bit what it was, nothing left; and the next fit tries again."""
+"""A fit that LSUV aborts: the cause named, the model to the bit what it was, nothing left; the next fit tries again."""
 
 from contextlib import contextmanager
 
@@ -90,7 +90,7 @@ def succeeds(learn, batch=None):
     assert exact(spy.audits[0])
 
 
-# --- in the model -----------------------------------------------------------------------------------------------------------
+# --- in the model -----------------------------------------------------------------------------------------------------
 
 ERRORS = {
     "memory": lambda: torch.OutOfMemoryError("CUDA out of memory: no luck"),
@@ -188,7 +188,7 @@ def test_no_first_fit_is_made_of_one_that_was_aborted():
     assert learn.lsuv.report is learn.lsuv_report
 
 
-# --- in the data ------------------------------------------------------------------------------------------------------------
+# --- in the data ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_a_failure_in_a_later_item_is_the_training_s_own():
     assert learn.lsuv_report is report
 
 
-# --- in callbacks that are asked ----------------------------------------------------------------------------------------------
+# --- in callbacks that are asked --------------------------------------------------------------------------------------
 
 
 class Interrupted(Callback):

@@ -11,6 +11,7 @@ from fastai.callback.mixup import CutMix, MixUp
 from fastai.vision.all import Callback
 from feeds import N, complaints, loaders, pixels
 from learners import Spy, exact, learner, small_cnn
+from models import Tally
 from torch import nn
 
 from fastai_lsuv import LSUVCallback
@@ -147,7 +148,7 @@ class Looks(Spy):
         pass
 
 
-# --- fastai's own ---------------------------------------------------------------------------------------------------------
+# --- fastai's own -----------------------------------------------------------------------------------------------------
 
 
 class Tap(nn.Module):
@@ -155,7 +156,7 @@ class Tap(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.fed = []
+        self.fed = Tally()
 
     def forward(self, x):
         self.fed.append(x.clone())

@@ -1,8 +1,11 @@
 """What the model is fed: callbacks that rewrite the inputs in `before_batch` are heeded, however they do it."""
 
+import threading
+
 import pytest
 import torch
 from audit import audit, bits
+from fastai.data.load import DataLoader
 from fastai.learner import before_batch_cb
 from fastai.vision.all import Callback
 from feeds import complaints, loaders, pixels
@@ -10,7 +13,7 @@ from learners import Spy, exact, learner, small_cnn
 
 from fastai_lsuv import LSUVCallback
 
-# --- rewriters, all to 7x + 3 -------------------------------------------------------------------------------------------
+# --- rewriters, all to 7x + 3, one for each way -----------------------------------------------------------------------
 
 
 class Affine(Callback):
@@ -22,46 +25,9 @@ class Inherited(Affine):
     pass
 
 
-class Extended(Affine):
-    def before_batch(self):
-        if self.training:
-            self.seen = self.iter
-        super().before_batch()
-
-
-class Helper(Callback):
-    def before_batch(self):
-        self.rewrite(*self.xb)
-
-    def rewrite(self, x):
-        self.learn.xb = (x * 7 + 3,)
-
-
-def feed(learn, x):
-    learn.xb = (x,)
-
-
-class Elsewhere(Callback):
-    "Hands the Learner to a function that does it."
-
-    def before_batch(self):
-        feed(self.learn, self.x * 7 + 3)
-
-
 class InPlace(Callback):
     def before_batch(self):
         self.x.mul_(7).add_(3)
-
-
-class Slice(Callback):
-    def before_batch(self):
-        self.learn.xb[0][...] = self.xb[0] * 7 + 3
-
-
-class BySetattr(Callback):
-    def before_batch(self):
-        for name, value in {"xb": (self.x * 7 + 3,)}.items():
-            setattr(self.learn, name, value)
 
 
 class Both(Callback):
@@ -81,31 +47,34 @@ class Late(Affine):
     order = 80
 
 
-class FromFit(Callback):
-    def before_fit(self):
-        self.a, self.b = 7, 3
+class FromEvents(Callback):
+    "Needs all events on the way."
 
-    def before_batch(self):
-        self.learn.xb = (self.x * self.a + self.b,)
-
-    def after_fit(self):
-        self.a = self.b = None
-
-
-class FromTrain(FromFit):
-    def before_fit(self):
-        self.a = 7
-
-    def before_train(self):
-        self.b = 3
-
-
-class FromEpoch(FromFit):
     def before_fit(self):
         self.a = 7
 
     def before_epoch(self):
-        self.b = 3 + self.epoch
+        self.b = 1 + self.epoch
+
+    def before_train(self):
+        self.c = 2
+
+    def before_batch(self):
+        self.learn.xb = (self.x * self.a + self.b + self.c,)
+
+    def after_fit(self):
+        self.a = self.b = self.c = None
+
+
+class BeforeTheLoop(Callback):
+    "Has no `before_batch`: it puts a transform of batches on the Learner's own split."
+
+    def before_train(self):
+        split = type(self.learn)._split
+        self.learn._split = lambda b: split(self.learn, [b[0] * 7 + 3, b[1]])
+
+    def after_train(self):
+        del self.learn._split
 
 
 class FromTheStart(Affine):
@@ -130,41 +99,7 @@ class Holder(Affine):
         super().before_batch()
 
 
-def affine(self):
-    self.learn.xb = (self.x * 7 + 3,)
-
-
-def scale_and_shift(x):
-    x.mul_(7).add_(3)
-
-
-class InPlaceElsewhere(Callback):
-    def before_batch(self):
-        scale_and_shift(self.x)
-
-
-class Augmented(Callback):
-    def before_batch(self):
-        for x in self.xb:
-            x *= 7
-            x += 3
-
-
-class Out(Callback):
-    def before_batch(self):
-        torch.add(self.x * 7, 3, out=self.x)
-
-
-class Decorated(Callback):
-    @torch.no_grad()
-    def before_batch(self):
-        self.learn.xb = (self.x * 7 + 3,)
-
-
 class Transform:
-    def __call__(self, x):
-        return x.mul_(7).add_(3)
-
     def on(self, learn):
         learn.xb = (learn.x * 7 + 3,)
 
@@ -179,50 +114,46 @@ class Held(Callback):
         self.tfm.on(self.learn)
 
 
-class HeldInPlace(Held):
-    "An object that it holds writes into them."
+class Locked(Affine):
+    "Holds what can't be copied."
+
+    def __init__(self):
+        self.lock = threading.Lock()
 
     def before_batch(self):
-        self.tfm(self.x)
+        with self.lock:
+            super().before_batch()
 
 
-class HeldFunction(Callback):
-    def __init__(self, f=affine):
-        self.f = f
+class Steps(Affine):
+    "A schedule of the user's own; before the first fit the Learner has no optimizer."
 
     def before_batch(self):
-        self.f(self)
+        self.opt.set_hyper("lr", 1e-3 / (1 + self.train_iter))
+        super().before_batch()
 
 
-REWRITERS = {
-    c.__name__: c
-    for c in (
-        Affine,
-        Inherited,
-        Extended,
-        Helper,
-        Elsewhere,
-        InPlace,
-        Slice,
-        BySetattr,
-        Both,
-        OnlyTraining,
-        Early,
-        Late,
-        FromFit,
-        FromTrain,
-        FromEpoch,
-        FromTheStart,
-        Holder,
-        InPlaceElsewhere,
-        Augmented,
-        Out,
-        Decorated,
-        Held,
-        HeldInPlace,
-        HeldFunction,
-    )
-}
+class SecondLoader(Callback):
+    "Takes numbers from a loader of its own (semi-supervised training)."
+
+    def __init__(self):
+        self.dl = DataLoader([(torch.tensor(7.0), torch.tensor(3.0))] * 64, bs=1, shuffle=True)
+
+    def before_train(self):
+        self.it = iter(self.dl)
+
+    def before_batch(self):
+        a, b = next(self.it)
+        self.learn.xb = (self.x * a + b,)
+
+
+def affine(self):
+    self.learn.xb = (self.x * 7 + 3,)
+
+
+KINDS = (Affine, Inherited, InPlace, Both, OnlyTraining, Early, Late, FromEvents, BeforeTheLoop, FromTheStart, Holder,
+         Held, Locked, Steps, SecondLoader)  # fmt: skip
+REWRITERS = {kind.__name__: kind for kind in KINDS}
 REWRITERS |= {
     "function": lambda: Callback(before_batch=affine),
     "before_batch_cb": lambda: before_batch_cb(lambda self, xb, yb: ((xb[0] * 7 + 3,), yb)),
@@ -241,7 +172,7 @@ def test_statistics_are_those_of_the_rewritten_inputs(how, where, recwarn):
     assert not complaints(recwarn)
 
 
-@pytest.mark.parametrize("how", ["Affine", "InPlace", "FromFit", "FromTrain", "before_batch_cb"])
+@pytest.mark.parametrize("how", ["Affine", "InPlace", "FromEvents", "Steps", "SecondLoader", "before_batch_cb"])
 def test_also_by_lsuv_init(how, recwarn):
     learn = learner(loaders(), small_cnn(), cbs=REWRITERS[how]())
     before, cb = dict(vars(learn)), dict(vars(learn.cbs[-1]))

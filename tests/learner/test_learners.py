@@ -1,4 +1,4 @@
-"""Every kind of Learner that fastai makes: the batch as its model gets it, every layer at its target when training starts."""
+"""Every kind of Learner that fastai makes: its batch as the model gets it, every layer at its target at the start."""
 
 from collections.abc import Mapping
 
@@ -64,7 +64,7 @@ class Start(Callback):
 
 
 def fitted(learn, batch=None, **options):
-    "One epoch of `learn` with LSUV; the model as it was before it and, loaded again, as training found it; the inputs of the batch."
+    "An epoch of `learn` with LSUV: the model before it, the model as training found it, the inputs of the batch."
     learn.remove_cb(ProgressCallback)
     batch = batch or first_batch(learn.dls.train)
     xb = tuple(batch[: getattr(learn.dls, "n_inp", len(batch) - 1)])
@@ -88,7 +88,7 @@ def assert_right(learn, before, xb, **kwargs):
     return {row.name: row.reason for row in learn.lsuv_report if row.status == "skipped"}
 
 
-# --- vision -----------------------------------------------------------------------------------------------------------------
+# --- vision -----------------------------------------------------------------------------------------------------------
 
 
 def pictures(side=32):
@@ -128,7 +128,7 @@ def test_xresnet():
     assert not assert_right(learn, *fitted(learn))
 
 
-# --- several inputs, and inputs in tuples and dicts -----------------------------------------------------------------------------
+# --- several inputs, and inputs in tuples and dicts -------------------------------------------------------------------
 
 
 class Tower(nn.Sequential):
@@ -250,7 +250,7 @@ def test_tuples_of_images():
     assert not assert_right(learn, before, xb)
 
 
-# --- texts ------------------------------------------------------------------------------------------------------------------
+# --- texts ------------------------------------------------------------------------------------------------------------
 
 SMALL = {"emb_sz": 20, "n_hid": 30, "n_layers": 2}
 WORDS = ["xxunk", "xxpad", "xxbos", *(f"w{i}" for i in range(37))]
@@ -310,7 +310,7 @@ def test_text_classifier_learner_on_padded_batches():
     assert {n.split(".")[0] for n in moved(before, learn.model)} == {"1"}, "the encoder has no affine layer"
 
 
-# --- tables and ratings -----------------------------------------------------------------------------------------------------
+# --- tables and ratings -----------------------------------------------------------------------------------------------
 
 
 def wine(cats=True, conts=True):

@@ -1,11 +1,14 @@
-"""DESIGN section 5: a network that shows that it was trained or loaded is left alone, a line says so; `lsuv_init` is the door."""
+"""DESIGN section 5: a network that was trained or loaded is left alone, a line says so; `lsuv_init` is the door."""
 
+import copy
+import pickle
+from collections import OrderedDict
 from functools import partial
 
 import pytest
 import torch
 from audit import audit, moved, parameter_bits
-from fastai.vision.all import OptimWrapper
+from fastai.vision.all import SGD, OptimWrapper
 from learners import Spy, body_and_head, digits, exact, learner, ran, small_cnn
 from torch import nn
 
@@ -192,7 +195,7 @@ def test_silent_when_asked(make, capsys):
     assert not lines(capsys)
 
 
-# --- and what shows nothing of the kind runs ----------------------------------------------------------------------------------
+# --- and what shows nothing of the kind runs --------------------------------------------------------------------------
 
 
 def zeroed(model):
@@ -216,6 +219,27 @@ def test_fresh_networks_with_norms_run(make, how):
     learn = make(model=FRESH[how](), cbs=LSUVCallback())
     learn.fit(1)
     assert ran(learn)
+
+
+def test_gradients_that_are_there_are_no_trace(make):
+    "Those of a first look by hand, sparse ones too."
+    for model in (small_cnn(), nn.Sequential(nn.Flatten(), Looked(), nn.Linear(4, 10))):
+        learn = make(model=model, cbs=LSUVCallback(), opt_func=SGD)
+        x, y = learn.dls.one_batch()
+        learn.loss_func(learn.model(x), y).backward()
+        learn.fit(1)
+        assert ran(learn)
+
+
+class Looked(nn.Module):
+    "Looks its first pixel up."
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(8, 4, sparse=True)
+
+    def forward(self, x):
+        return self.table((x[:, 0] > 0).long())
 
 
 def test_a_fresh_optimizer_is_no_trace(make):
@@ -243,7 +267,7 @@ def test_another_model_s_load_does_not_count(make):
     assert ran(learn)
 
 
-# --- learn.lsuv_init: always ----------------------------------------------------------------------------------------------------
+# --- learn.lsuv_init: always ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", [*TRAINED, *LOADED])
@@ -280,6 +304,17 @@ def test_the_fit_after_it_does_not_run_it_again(make, capsys):
     assert not lines(capsys)
 
 
+def test_its_report_outlives_a_load(make, capsys):
+    learn = make(cbs=LSUVCallback())
+    report = learn.lsuv_init()
+    learn.save("initialised")
+    learn.load("initialised", with_opt=False)
+    capsys.readouterr()
+    learn.fit(1)
+    assert learn.lsuv_report is report
+    assert not lines(capsys)
+
+
 def test_frozen_layers_stay_frozen_there_too(make):
     learn = make(splitter=body_and_head)
     learn.freeze()
@@ -307,3 +342,70 @@ def test_a_diagnosis_is_not_an_initialisation(make):
     learn.add_cb(spy := Spy())
     learn.fit(1)
     assert len([n for n in bits if bits[n] != spy.states[0][n]]) == len(bits)
+
+
+# --- watching for loads -----------------------------------------------------------------------------------------------
+
+
+def hooks(model):
+    return [m._load_state_dict_post_hooks for m in model.modules()]
+
+
+def test_a_model_saved_before_the_first_fit_is_the_plain_one(make):
+    "Nothing of ours, nothing that needs fastcore, the user's own hooks as they are; what loads into it is its affair."
+    plain, learn = make(), make(cbs=LSUVCallback())
+    raw = pickle.dumps(learn.model)
+    assert len(raw) == len(pickle.dumps(plain.model))
+    assert b"fastai" not in raw
+    assert b"fastcore" not in raw
+    for module in learn.model.modules():
+        module.register_load_state_dict_post_hook(nothing_to_say)
+    for twin in (copy.deepcopy(learn.model), pickle.loads(pickle.dumps(learn.model))):
+        assert {type(h) for h in hooks(twin)} == {OrderedDict}
+        assert {tuple(h.values()) for h in hooks(twin)} == {(nothing_to_say,)}
+        twin.load_state_dict(small_cnn().state_dict())
+    learn.fit(1)
+    assert ran(learn)
+
+
+def nothing_to_say(module, keys):
+    pass
+
+
+@pytest.mark.parametrize("removed", ["while it is watched", "afterwards"])
+def test_hooks_of_the_user_s_are_called_and_can_be_removed(make, removed):
+    model, calls = small_cnn(), []
+    layer = model[0][0]
+    before = layer.register_load_state_dict_post_hook(lambda *_: calls.append("before"))
+    learn = make(model=model, cbs=LSUVCallback())
+    meanwhile = layer.register_load_state_dict_post_hook(lambda *_: calls.append("meanwhile"))
+    model.load_state_dict(small_cnn().state_dict())
+    assert calls == ["before", "meanwhile"]
+    if removed == "afterwards":
+        learn.fit(1)
+        assert {type(h) for h in hooks(model)} == {OrderedDict}
+    before.remove()
+    meanwhile.remove()
+    assert not layer._load_state_dict_post_hooks
+    model.load_state_dict(small_cnn().state_dict())
+    assert calls == ["before", "meanwhile"]
+
+
+def test_two_learners_that_watch_one_model(make):
+    "Both see the load; what hangs on the model goes with the last of them."
+    model = small_cnn()
+    first, second, third = (make(model=model, cbs=LSUVCallback()) for _ in range(3))
+    del third
+    state_dict_loaded(first)
+    for learn in (first, second):
+        learn.fit(1)
+        assert not ran(learn)
+    assert {type(h) for h in hooks(model)} == {OrderedDict}
+
+
+def test_lazy_layers_are_watched_like_others(make):
+    model = nn.Sequential(nn.Flatten(), nn.LazyLinear(16), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(10))
+    learn = make(model=model, cbs=LSUVCallback())
+    learn.model.eval()(learn.dls.one_batch()[0])
+    learn.fit(1)
+    assert [row.status for row in learn.lsuv_report] == ["corrected"] * 2

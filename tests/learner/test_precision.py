@@ -13,7 +13,7 @@ from audit import audit, differences, fingerprint, outputs_of, parameter_bits
 from fastai.torch_core import to_float
 from fastai.vision.all import Callback, CancelFitException
 from learners import Spy, exact, learner, ran
-from models import Shared, Stumble, convnet, images, rows
+from models import Shared, Stumble, Tally, convnet, images, rows
 from torch import nn
 from zoo import xresnet18
 
@@ -98,7 +98,7 @@ class Dtypes(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.seen = Tally()
 
     def forward(self, x):
         self.seen.append(x.dtype)
@@ -145,7 +145,7 @@ def allowed(r, row=None):
 
 
 def assert_near(records, report):
-    "Each layer within a few roundings, and most of them far nearer: casts of the weights as they were would be off by far."
+    "Each layer within a few roundings, most far nearer: casts of the weights as they were would be off by far."
     for r in records:
         row = report[r.name]
         assert row.status in ("corrected", "unchanged"), row
@@ -273,7 +273,7 @@ def test_blocks_and_shared_layers():
     assert_near(records, report)
 
 
-# --- the cache ------------------------------------------------------------------------------------------------------------
+# --- the cache --------------------------------------------------------------------------------------------------------
 
 
 class FirstStep(Callback):

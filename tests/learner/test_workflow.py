@@ -38,7 +38,7 @@ def fit_lines(capsys):
     return [line for line in capsys.readouterr().out.splitlines() if "lsuv" in line.lower()]
 
 
-# --- the first real fit -----------------------------------------------------------------------------------------------------
+# --- the first real fit -----------------------------------------------------------------------------------------------
 
 FITS = {
     "fit": lambda learn, **k: learn.fit(1, **k),
@@ -103,7 +103,7 @@ def test_every_corrected_parameter_is_trained(make):
     assert {id(p) for p in learn.opt.all_params().itemgot(0)} == {id(p) for p in learn.model.parameters()}
 
 
-# --- later fits: never again ------------------------------------------------------------------------------------------------
+# --- later fits: never again ------------------------------------------------------------------------------------------
 
 LATER = {
     "fit": lambda learn: learn.fit(1),
@@ -172,7 +172,7 @@ def test_after_a_fit_that_was_cut_short_it_does_not_run_again(make, stop):
     assert learn.lsuv_report is report
 
 
-# --- what fires `before_fit` and is no fit ------------------------------------------------------------------------------------
+# --- what fires `before_fit` and is no fit ----------------------------------------------------------------------------
 
 
 def in_context(learn):
@@ -267,7 +267,7 @@ def test_a_best_model_saved_and_loaded_inside_the_first_fit(make, capsys):
     assert not fit_lines(capsys)
 
 
-# --- frozen layers ------------------------------------------------------------------------------------------------------------
+# --- frozen layers ----------------------------------------------------------------------------------------------------
 
 
 def test_only_what_trains_is_corrected(make):
@@ -301,7 +301,7 @@ def test_no_such_line_where_nothing_was_frozen(make, capsys):
     assert "not corrected" not in capsys.readouterr().out
 
 
-# --- the line it prints ---------------------------------------------------------------------------------------------------------
+# --- the line it prints -----------------------------------------------------------------------------------------------
 
 
 def test_one_summary_line_says_it_all(make, capsys):

@@ -1,4 +1,4 @@
-"""Others copy, wrap, save or compile the model: they find the weights that LSUV made, and LSUV what it would have found without them."""
+"""Others copy, wrap, save or compile the model: they find LSUV's weights, and LSUV what it would have found alone."""
 
 import copy
 import gc
@@ -42,7 +42,7 @@ def started(model=None, **kwargs):
     return spy.states[0]
 
 
-# --- its place ----------------------------------------------------------------------------------------------------------
+# --- its place --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("other", [TrainEvalCallback, ChannelsLast, ModelToHalf])
@@ -154,7 +154,7 @@ def test_lr_find_saves_them_and_brings_them_back(tmp_path):
     assert parameter_bits(learn.model) == started()
 
 
-# --- hooks of others ------------------------------------------------------------------------------------------------------
+# --- hooks of others --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [dict(), dict(with_hist=True), dict(every=2)], ids=str)
@@ -211,7 +211,7 @@ def test_hooks_of_another_callback_see_what_they_would_have_seen_when_their_turn
     assert abs(stored[0][0][1]) <= 1e-3
 
 
-# --- compiled -------------------------------------------------------------------------------------------------------------
+# --- compiled ---------------------------------------------------------------------------------------------------------
 
 
 def stripped(named):
@@ -287,7 +287,7 @@ def test_data_parallel():
     assert stripped({row.name: 1 for row in learn.lsuv_report}).keys() == {"0.0", "0.2", "1.0", "1.3"}
 
 
-# --- scripted -------------------------------------------------------------------------------------------------------------
+# --- scripted ---------------------------------------------------------------------------------------------------------
 
 
 def part():
@@ -324,7 +324,7 @@ def test_scripted_parts_are_named_and_left_alone(kind, training):
 
 
 def unscripted(net):
-    "The same model in Python, whose norms the audit knows (those of a trace made in eval mode have no batch statistics)."
+    "The same model in Python, whose norms the audit knows (a trace made in eval mode has no batch statistics)."
     plain = nn.Sequential(
         nn.Linear(10, 8),
         part(),

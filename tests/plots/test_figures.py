@@ -1,4 +1,4 @@
-"""What holds for all figures: the same in a dark notebook, told apart by colour-blind eyes, nothing of pyplot's touched."""
+"""What holds for all figures: same in a dark notebook, told apart by colour-blind eyes, nothing of pyplot's touched."""
 
 from io import BytesIO
 
@@ -32,7 +32,7 @@ FIGURES = dict(
 each = pytest.mark.parametrize("plot", FIGURES.values(), ids=FIGURES)
 
 
-# --- dark and light -------------------------------------------------------------------------------------------------------
+# --- dark and light ---------------------------------------------------------------------------------------------------
 
 
 @each
@@ -101,7 +101,7 @@ def test_ticks_on_both_sides_of_zero_do_not_overlap(size):
     assert not [1 for i, a in enumerate(boxes) for b in boxes[:i] if a.shrunk(1, 0.8).overlaps(b.shrunk(1, 0.8))]
 
 
-# --- colour-blind eyes ----------------------------------------------------------------------------------------------------
+# --- colour-blind eyes ------------------------------------------------------------------------------------------------
 
 
 SIGHT = dict(  # linear RGB to linear RGB (Machado et al. 2009, severity 1)
@@ -131,7 +131,8 @@ def distance(a, b, sight):
 
 
 def test_the_simulation_knows_what_is_known():
-    "White and red have Ottosson's values; of what tells matplotlib's red from its green a deuteranope has less than half, of its blue and orange most."
+    """White and red have Ottosson's values; and of what tells two of matplotlib's colours apart a deuteranope has less
+    than half for red and green, and most for blue and orange."""
     np.testing.assert_allclose([seen("white", sight) for sight in SIGHT], [[1, 0, 0]] * 4, atol=2e-3)
     np.testing.assert_allclose(seen("#ff0000", "normal"), (0.628, 0.2249, 0.1258), atol=1e-3)
     red, green, blue, orange = "#d62728", "#2ca02c", "#1f77b4", "#ff7f0e"

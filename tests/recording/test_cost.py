@@ -20,7 +20,7 @@ from fastai_lsuv import ActivationStatsRecorder
 ALL = dict(with_hist=True, with_grad=True)
 
 
-# --- nothing waits for the device --------------------------------------------------------------------------------------------------------------
+# --- nothing waits for the device -------------------------------------------------------------------------------------
 
 
 class NoLook(TorchDispatchMode):
@@ -111,7 +111,61 @@ def test_that_guard_guards():
             look(torch.tensor(1.0))
 
 
-# --- bounded memory ------------------------------------------------------------------------------------------------------------------------------
+# --- few operations ---------------------------------------------------------------------------------------------------
+
+
+class Counted(TorchDispatchMode):
+    "Counts operations."
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(model, steps, x, *cbs):
+    "How many there are in a training."
+    data = [(x, torch.arange(len(x)) % 3)] * steps
+    dls = DataLoaders(*(torch.utils.data.DataLoader(data[:k], batch_size=None) for k in (steps, 1)))
+    learn = learner(dls, model, metrics=[], cbs=[*cbs])
+    with Counted() as counted:
+        learn.fit(1)
+    return counted.n
+
+
+def of_a_step(make, x, **options):
+    "Operations by which a recorded step is longer, once the buffers are there."
+    plain, recorded = (
+        [operations(make(), steps, x, *cbs()) for steps in (3, 13)]
+        for cbs in (list, lambda: [ActivationStatsRecorder(**options)])
+    )
+    return ((recorded[1] - recorded[0]) - (plain[1] - plain[0])) / 10
+
+
+def pyramid(depth):
+    "Each layer has its own width: no two outputs of one size."
+    return mlp(10, *range(20, 20 + depth), 3)
+
+
+@pytest.mark.parametrize("make", [lambda depth: mlp(10, *[16] * depth, 3), pyramid], ids=["one width", "all widths"])
+@pytest.mark.parametrize(
+    ("options", "of_a_layer", "of_all"), [({}, 2, 75), (dict(with_hist=True), 2, 100), (ALL, 4, 145)], ids=str
+)
+def test_a_view_and_a_copy_a_layer_and_the_rest_for_all_at_once(make, options, of_a_layer, of_all):
+    few, many = (of_a_step(lambda depth=depth: make(depth), rows(16), **options) for depth in (4, 40))
+    assert many - few == of_a_layer * 2 * 36, "36 layers and their activations more"
+    assert few - of_a_layer * 9 <= of_all, few - of_a_layer * 9
+
+
+def test_large_outputs_take_no_more():
+    def cnn():
+        return nn.Sequential(nn.Conv2d(1, 48, 3, padding=1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(12288, 3))
+
+    assert of_a_step(cnn, torch.rand(16, 1, 16, 16)) <= 2 * 4 + 70
+
+
+# --- bounded memory ---------------------------------------------------------------------------------------------------
 
 
 class Weigh(Callback):
@@ -165,7 +219,7 @@ def test_the_default_keeps_100_layers_with_histograms_under_64_mb():
     assert max(weights) * default / 100 < 64 * 2**20, f"{max(weights) * default / 100 / 2**20:.0f} MB"
 
 
-# --- nothing kept alive ----------------------------------------------------------------------------------------------------------------------------
+# --- nothing kept alive -----------------------------------------------------------------------------------------------
 
 
 class Outputs(Callback):

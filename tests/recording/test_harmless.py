@@ -38,7 +38,7 @@ def make(dls, tmp_path):
     return partial(learner, dls, path=tmp_path)
 
 
-# --- the same training ---------------------------------------------------------------------------------------------------------------------
+# --- the same training ------------------------------------------------------------------------------------------------
 
 
 def dropping():
@@ -61,7 +61,7 @@ def optimizer_bits(learn):
 
 
 def everything(learn, train, **options):
-    "All that training can be told by: weights, buffers, gradients, the optimizer, each batch, each state of the random streams, the losses."
+    "All that tells trainings apart: weights, buffers, gradients, the optimizer, batches, random streams, losses."
     spy, _rec = Spy(), ActivationStatsRecorder(**options) if options or options == {} else None
     learn.add_cb(spy)
     train(learn)
@@ -140,7 +140,7 @@ def test_with_several_workers(tmp_path):
         assert without[key] == with_it[key], key
 
 
-# --- whatever ends it -------------------------------------------------------------------------------------------------------------------------
+# --- whatever ends it -------------------------------------------------------------------------------------------------
 
 
 class Fails(torch.autograd.Function):
@@ -202,7 +202,7 @@ PLACES = [
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("place", PLACES)
 def test_no_hook_is_left_when_an_error_or_an_interrupt_ends_it(place, kind, tmp_path):
-    "Not after the next event, but at once, while the error is still being handled; and the next fit records as if nothing had happened."
+    "At once, while the error is being handled, not after the next event; and the next fit records as ever."
     error, stumble, back, loss, cb = kind("broken"), Stumble(None, 0), Backfires(), Loss(), Raises()
     model = nn.Sequential(*small_cnn(), stumble, back)
     learn = learner(
@@ -267,7 +267,7 @@ def test_removed_in_the_middle_of_a_fit(make):
     assert not hooks_on(learn.model) and 1 <= len(records(rec)) <= 2
 
 
-# --- copies -----------------------------------------------------------------------------------------------------------------------------------
+# --- copies -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])

@@ -1,4 +1,4 @@
-"""The statistics are those of each layer's own output: whole and exact where it is small, within 2 % of the std where it is sampled."""
+"""Statistics are those of each layer's own output: whole and exact if small, within 2 % of the std if sampled."""
 
 from collections import OrderedDict
 
@@ -17,7 +17,7 @@ from fastai_lsuv.recording.sampling import SAMPLE
 
 @pytest.mark.parametrize("name", [n for n in ZOO if n not in ("two inputs", "by keyword", "siamese", "course")])
 def test_all_layers_of_the_zoo(name):
-    "In place, shared, tied, attention, weight norm, layers that never run in this mode: whatever is called, and is small, exactly."
+    "In place, shared, tied, attention, weight norm, never run in this mode: whatever is called and small, exactly."
     rec, seen = fed(*zoo(name))
     assert_as_seen(rec, seen)
 
@@ -76,7 +76,7 @@ def test_activations_of_other_libraries():
     )
 
 
-# --- large outputs -----------------------------------------------------------------------------------------------------------------------
+# --- large outputs ----------------------------------------------------------------------------------------------------
 
 
 def index(shape, axis):
@@ -215,7 +215,7 @@ def test_values_that_are_no_numbers_are_seen(value):
     assert "emit.as empty" not in records(rec)[0]
 
 
-# --- outputs that aren't a tensor ------------------------------------------------------------------------------------------------------------
+# --- outputs that aren't a tensor -------------------------------------------------------------------------------------
 
 
 class Puts(nn.Module):

@@ -25,7 +25,7 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-# --- gradients ----------------------------------------------------------------------------------------------------------------------------
+# --- gradients --------------------------------------------------------------------------------------------------------
 
 
 def of_outputs(model, x, loss):
@@ -142,7 +142,7 @@ def test_gradients_with_every_and_accumulation(tmp_path):
     assert rec.to_frame().grad_std.notna().all() and [*rec.to_frame().step.unique()] == [0, 2, 4]
 
 
-# --- precision ------------------------------------------------------------------------------------------------------------------------------
+# --- precision --------------------------------------------------------------------------------------------------------
 
 
 class MixedPrecision(OnTheGPU):
@@ -182,7 +182,7 @@ def test_channels_last(tmp_path):
     assert_as_seen(rec, seen, 0.02)
 
 
-# --- compiled --------------------------------------------------------------------------------------------------------------------------------
+# --- compiled ---------------------------------------------------------------------------------------------------------
 
 
 def compiled(model, how, backend):
@@ -198,7 +198,7 @@ def compiled(model, how, backend):
     [("torch.compile", "eager"), ("torch.compile", "aot_eager"), (".compile()", "eager"), (".compile()", "aot_eager")],
 )
 def test_compiled_models(how, backend, warm, tmp_path):
-    "Recorded like the plain one, with plain names, and trained to the same weights; batches that aren't recorded stay compiled."
+    "Recorded like the plain one, by plain names, and trained to the same weights; other batches stay compiled."
 
     def trained(model, **options):
         learn = learner(loaders(), model, path=tmp_path, opt_func=SGD, lr=0.1)

@@ -1,8 +1,13 @@
-"""Callbacks that LSUV asked what they do to the inputs: afterwards as if it had not asked."""
+"""Callbacks and Learners after a pilot fit are as if there had been none."""
 
+import gc
+import os
+import queue
 import random
 import re
+import tempfile
 import threading
+import warnings
 from functools import partial
 
 import numpy as np
@@ -19,7 +24,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.vision.all import Callback, ProgressCallback
 from fastcore.foundation import L
-from feeds import loaders
+from feeds import complaints, loaders
 from learners import Spy, digits, learner, ran, seed, small_cnn
 from torch import nn
 
@@ -242,7 +247,7 @@ def test_batches_made_beforehand_are_not_rewritten_once_more():
     assert seen[0] == seen[1]
 
 
-# --- what they do to the model, the loss and other objects of the Learner is done to copies --------------------------------------
+# --- what they do to the model, the loss and other objects of the Learner is done to copies ---------------------------
 
 
 class Scales(Affine):
@@ -298,43 +303,12 @@ def test_what_a_rewriter_does_to_the_model_the_optimizer_and_the_loss_is_not_don
     assert ends[0] == ends[1]
 
 
-# --- loggers and schedulers are not asked -------------------------------------------------------------------------------------
+# --- who looks on -----------------------------------------------------------------------------------------------------
 
 
 class Prints(Callback):
     def before_batch(self):
         print("mean", round(float(self.x.mean()), 3))
-
-
-class Reads(Callback):
-    "Looks at the inputs through a helper, keeps a copy, writes to a file that can't be copied."
-
-    def __init__(self, path):
-        self.file, self.lock, self.kept = path.open("a"), threading.Lock(), []
-
-    def before_batch(self):
-        with self.lock:
-            self.file.write(f"{self.describe(*self.xb)}\n")
-
-    def describe(self, x):
-        xb = x.mean()
-        self.kept.append(xb)
-        return xb
-
-
-class Files(Callback):
-    "By step, in a dict of its own, and to a file that it opens each time."
-
-    def __init__(self, path):
-        self.path, self.kept = path, {}
-
-    def before_batch(self):
-        total = 0.0
-        for x in self.xb:
-            total += float(x.mean())
-        self.kept[len(self.kept)] = total
-        with self.path.open("a") as f:
-            f.write(f"{total}\n")
 
 
 class Steps(Callback):
@@ -346,16 +320,114 @@ class Steps(Callback):
 
 
 @pytest.mark.parametrize("make", [Prints, Steps])
-def test_what_prints_prints_as_often(make, capsys):
+def test_what_is_printed_on_trial_is_not_seen(make, capsys):
     learner(loaders(), small_cnn()).fit(1, cbs=[make(), LSUVCallback(verbose=False)])
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith(("mean", "rate"))]) == 6
 
 
-@pytest.mark.parametrize("make", [Reads, Files])
-def test_what_writes_a_file_writes_as_often_and_is_no_cause_for_a_warning(make, tmp_path, recwarn):
-    cb = make(tmp_path / "log.txt")
+class Writes(Callback):
+    "Keeps what it sees, and writes it to a file that can't be copied."
+
+    def __init__(self, path):
+        self.file, self.kept = path.open("a"), []
+
+    def before_batch(self):
+        self.kept.append(float(self.x.mean()))
+        self.file.write(f"{self.kept[-1]}\n")
+
+
+def test_a_logger_of_the_user_s_own_sees_one_batch_more_on_a_copy(tmp_path, recwarn):
+    cb = Writes(tmp_path / "log.txt")
     learner(loaders(), small_cnn()).fit(1, cbs=[cb, LSUVCallback()])
-    if make is Reads:
-        cb.file.close()
-    assert len((tmp_path / "log.txt").read_text().splitlines()) == len(cb.kept) == 6
-    assert not [w for w in recwarn if make.__name__ in str(w.message)]
+    cb.file.close()
+    assert len(cb.kept) == 6
+    assert (tmp_path / "log.txt").read_text().splitlines() == [str(v) for v in [cb.kept[0], *cb.kept]]
+    assert not complaints(recwarn)
+
+
+def scheduled(calls):
+    return ParamScheduler({"mom": lambda pct: calls.append(pct) or 0.9})
+
+
+def hooked(calls):
+    return HookCallback(every=1, hook=lambda m, i, o: calls.append(1))
+
+
+@pytest.mark.parametrize("make", [scheduled, hooked])
+def test_fastai_s_own_watchers_take_no_part(make):
+    counts = []
+    for lsuv in ([], [LSUVCallback(verbose=False, **MEASURE)]):
+        calls = []
+        learner(loaders(), small_cnn()).fit(1, cbs=[make(calls), *lsuv])
+        counts.append(len(calls))
+    assert counts[0] == counts[1] > 0
+
+
+class Settings(Affine):
+    "Changes settings that hold for all, and leaves them; a training undoes them in its own way."
+
+    def before_batch(self):
+        super().before_batch()
+        torch.set_grad_enabled(False)
+        torch.autocast("cpu", torch.bfloat16).__enter__()
+        warnings.simplefilter("error")
+        warnings.warn("not now", stacklevel=1)
+
+
+def test_settings_for_all_are_set_back(recwarn):
+    learn = learner(loaders(), small_cnn(), cbs=Settings())
+    before = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), list(warnings.filters)
+    with pytest.warns(UserWarning, match="Settings.before_batch failed on trial"):
+        learn.lsuv_init()
+    assert (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), list(warnings.filters)) == before
+
+
+class Closes(Affine):
+    "Closes its file when it goes."
+
+    def __init__(self, path):
+        self.file = path.open("a")
+
+    def before_batch(self):
+        super().before_batch()
+        self.file.write("x")
+
+    def __del__(self):
+        self.file.close()
+
+
+class Queued(Affine):
+    "Hands what it sees to a thread, and waits for the answer."
+
+    def __init__(self, path):
+        self.asked, self.told = queue.Queue(1), queue.Queue(1)
+        threading.Thread(target=self.answer, args=(self.asked, self.told), daemon=True).start()
+
+    @staticmethod
+    def answer(asked, told):
+        while (x := asked.get()) is not None:
+            told.put(x * 7 + 3)
+
+    def before_batch(self):
+        self.asked.put(self.x)
+        self.learn.xb = (self.told.get(timeout=20),)
+
+
+class Temporary(Affine):
+    "Has a file that is deleted with what opened it."
+
+    def __init__(self, path):
+        self.file = tempfile.NamedTemporaryFile(dir=path.parent)  # noqa: SIM115
+
+    def before_batch(self):
+        super().before_batch()
+        assert os.path.exists(self.file.name)
+
+
+@pytest.mark.parametrize("make", [Closes, Queued, Temporary])
+@pytest.mark.filterwarnings("ignore:LSUV")
+def test_what_a_copy_shares_outlives_it(make, tmp_path):
+    learn = learner(loaders(), small_cnn(), cbs=make(tmp_path / "log"))
+    learn.lsuv_init()
+    gc.collect()
+    learn.fit(1)
