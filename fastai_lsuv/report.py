@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from fastai_lsuv.learner.guards import Decision
 
 STATUSES = ("corrected", "unchanged", "skipped", "not_converged")
-_MEAN_KEPT = {Note.NO_BIAS.value, Note.ONE_SIGN.value}
+_MEAN_KEPT = {Note.NO_BIAS.value, Note.ONE_SIGN.value, Note.PRIOR.value}
+_TOLD = {Note.OTHERS.value: "", Note.BIAS_MOVED.value: " (exclude= leaves it)"}  # of layers that are right, too
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Row:
 
     @property
     def notes(self) -> set[str]:
-        """The phrases that the reason consists of."""
-        return set(self.reason.split("; "))
+        """The phrases that the reason consists of, without the names of weights behind them."""
+        return {note.partition(": ")[0] for note in self.reason.split("; ")}
 
 
 class LSUVReport(Sequence[Row]):
@@ -150,10 +151,16 @@ class LSUVReport(Sequence[Row]):
         for row in self.rows:
             if row.status in ("skipped", "not_converged"):
                 groups[row.status.replace("_", " "), row.reason].append(row.name or row.type)
-        return [
+        told = defaultdict(list)
+        for row in self.rows:
+            for note in row.reason.split("; ") if row.status != "skipped" else ():
+                if (phrase := note.partition(": ")[0]) in _TOLD:
+                    told[note.replace(": ", " (") + ")" * (": " in note) + _TOLD[phrase]].append(row.name or row.type)
+        left = [
             f"{len(names)} {status}{f' ({reason})' if reason else ''}: {few(names)}"
             for (status, reason), names in groups.items()
         ]
+        return left + [f"{note} in {len(names)}: {few(names)}" for note, names in told.items()]
 
     def _table(self) -> pd.DataFrame:
         """The frame as text, for printing."""
