@@ -24,7 +24,7 @@ from fastai_lsuv.core.products import Products
 from fastai_lsuv.core.reasons import Note, Skip
 from fastai_lsuv.core.selection import chosen, is_pattern, names_in
 from fastai_lsuv.core.statistics import Moments, fetched, moments
-from fastai_lsuv.core.use import home_of, is_uncertain, own_of_root, used_by_root, why_not
+from fastai_lsuv.core.use import home_of, is_any_used_by_root, is_uncertain, own_of_root, why_not
 from fastai_lsuv.core.watch import LISTED_TYPES, Watch
 
 
@@ -56,9 +56,8 @@ class Discovery:
         if self.priors or any(is_uncertain(m) for m in self.dry_run.names):
             products = Products(self.dry_run.weights, judged, self.priors)
         watch = self._watch(products)
-        used = used_by_root(self.dry_run, watch)
-        if used and (products is None or used & products.all_multiplied):
-            products = Products(self.dry_run.weights, judged | used, self.priors)
+        if products is None and is_any_used_by_root(self.dry_run, watch):
+            products = Products(self.dry_run.weights, judged, self.priors)
             watch = self._watch(products)
         watch.products = None
         return products, watch

@@ -41,9 +41,13 @@ class Linearity:
 
     def __init__(self, parameters: Collection[Tensor]) -> None:
         self.lines: dict[StorageWeakRef, _Line] = {}
+        self.begin(parameters)
+
+    def begin(self, parameters: Collection[Tensor]) -> None:
+        """Follow parameters from now on."""
         for p in parameters:
             for _, place in placed(p):
-                self.lines[place] = _Line(frozenset([p]), shift={p: 1.0})
+                self.lines.setdefault(place, _Line(frozenset([p]), shift={p: 1.0}))
 
     def ahead(self, func: OpOverload, call: Any, multiplied: _Weights) -> Callable[[Any], None] | None:
         """Try an operation on other values, before it is run; return what notes what it puts out."""

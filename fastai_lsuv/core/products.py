@@ -119,10 +119,13 @@ class Products(Trace):
 
     def _note_use(self, func: Any, seen: list[tuple[Tensor, _Trail]]) -> None:
         returns = func._schema.returns if isinstance(func, OpOverload) else ()
-        places = [place for x, trail in seen if trail.weights for _, place in placed(x) if place in self.home]
-        if places and not any(r.alias_info is not None and not r.alias_info.is_write for r in returns):  # no view
-            for place in places:
-                self.users.setdefault(self.home[place], set()).add(self.at_work[-1])
+        if any(r.alias_info is not None and not r.alias_info.is_write for r in returns):
+            return  # a view
+        used = [self.home[place] for x, trail in seen if trail.weights for _, place in placed(x) if place in self.home]
+        for weight in used:
+            self.users.setdefault(weight, set()).add(self.at_work[-1])
+        if len(self.at_work) == 1:  # by the model's own forward
+            self.linearity.begin(used)
 
     def _note_product(self, packet: Any, args: Any) -> None:
         if packet in _FACTORS:

@@ -33,10 +33,9 @@ def own_of_root(dry_run: DryRun) -> set[Tensor]:
     return {p for m in its_own if m in dry_run.names for p in dry_run.working(m).values() if p is not None}
 
 
-def used_by_root(dry_run: DryRun, watch: Watch) -> set[Tensor]:
-    """Return parameters of layers whose forward didn't run, though the model's own asked for one of them."""
-    read = [m for m in watch.read if m not in watch.seen and m in dry_run.names and is_known_affine(m)]
-    return {p for m in read for p in dry_run.working(m).values() if p is not None}
+def is_any_used_by_root(dry_run: DryRun, watch: Watch) -> bool:
+    """True if a layer's forward didn't run, though the model's own asked for one of its parameters."""
+    return any(m not in watch.seen and m in dry_run.names and is_known_affine(m) for m in watch.read)
 
 
 def home_of(which: Weights, dry_run: DryRun, called: Collection[nn.Module]) -> tuple[nn.Module | None, list[str]]:
