@@ -144,11 +144,14 @@ class Discovery:
                 if module in self.watch.wanted or (by_default and module not in inside_scripted):
                     yield Layer(name, module, None, target=self.options.target, skipped=Skip.SCRIPTED)
                 continue
-            adopted = module in self.watch.templates or any(p in used for p in self.dry_run.working(module).values())
+            is_template = module in self.watch.templates
+            trains = any(p.requires_grad for p in module.parameters(recurse=False))
+            adopted = (is_template and not trains) or any(p in used for p in self.dry_run.working(module).values())
             if module in self.watch.wanted or (by_default and isinstance(module, LISTED_TYPES) and not adopted):
                 known = is_known_affine(module)
                 affine = known_parameters(module, self.dry_run.working(module)) if known else None
-                yield Layer(name, module, affine, target=self.options.target, skipped=Skip.NEVER_CALLED)
+                why = Skip.TRANSFORMED if is_template else Skip.NEVER_CALLED
+                yield Layer(name, module, affine, target=self.options.target, skipped=why)
 
     def _layer(self, module: nn.Module) -> Layer:
         seen, watch = self.watch.seen[module], self.watch

@@ -22,7 +22,7 @@ class Skip(str, Enum):
     SEVERAL = "several weights"  # which no single scale acts on
     TIED = "tied weight"
     TOO_FEW = "too few values"
-    TRANSFORMED = "inside a transform"  # such as `torch.vmap`: what it puts out can't be looked at
+    TRANSFORMED = "inside a transform"  # `torch.vmap`, `functional_call`: it runs on other tensors than its parameters
 
 
 class Note(str, Enum):

@@ -420,3 +420,23 @@ def test_ahead_of_another_layer_it_is_moved_with_a_note():
 def test_a_bias_that_was_drawn_is_no_prior():
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
     assert lsuv_(net, x())["2"].reason == "" == lsuv_(net, x())["2"].reason
+
+
+class OnTransformed(nn.Module):
+    "Runs a network of its own on tensors made from that network's parameters."
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, x):
+        return torch.func.functional_call(self.net, {k: v * 1.0 for k, v in self.net.named_parameters()}, (x,))
+
+
+def test_layers_that_run_on_tensors_made_from_their_parameters_are_named():
+    report = lsuv_(nn.Sequential(OnTransformed(), nn.Linear(3, 2)), torch.randn(32, 8))
+    assert [(row.name, row.reason) for row in report if row.status == "skipped"] == [
+        ("0.net.0", "inside a transform"),
+        ("0.net.2", "inside a transform"),
+    ]
+    assert report["1"].status == "corrected"
