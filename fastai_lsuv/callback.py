@@ -106,7 +106,8 @@ class LSUVCallback(Callback):
         try:
             self.report = _initialise(learn, self.batch, self.options, begun=self.order)
         except CannotRun as error:  # training can do without LSUV
-            return f"LSUV: not run, because {error}"
+            reason = str(error).partition("\n")[0]
+            return f"LSUV: not run, because {reason}"
         return self.report.summary()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -102,7 +103,7 @@ def _per_output_channel(module: nn.Module, factor: Tensor) -> Tensor:
 
 def exposes_bias(module: nn.Module) -> bool:
     """True if a block shows a number as its `bias`: the fast.ai course's `ConvLayer`, whose bias is `-relu.sub`."""
-    exposed = getattr(type(module), "bias", None)
+    exposed = None if is_parametrized(module) else getattr(type(module), "bias", None)
     return isinstance(exposed, property) and exposed.fset is not None and isinstance(module.bias, (float, int, Tensor))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -101,12 +102,25 @@ class _Copier:
             return tuple(self.copy(part) for part in o)
         if isinstance(o, nn.Module):
             inner = plain(o)
-            return self._by_protocol(o) if inner is o else self.copy(inner)
+            return self._module(o) if inner is o else self.copy(inner)
         try:
             return self._leads_to_copies(o) if kind in (FunctionType, MethodType, weakref.ref) else self._part(o)
+        except RecursionError:
+            raise  # half of something is no copy of it
         except Exception:
             self.memo[id(o)] = o  # in place of what may be half made
             return o
+
+    def _module(self, o: nn.Module) -> Any:
+        """Copy a module attribute by attribute, whatever it says about copies and pickles."""
+        if isinstance(o, (torch.jit.ScriptModule, torch.fx.GraphModule)):  # made of code that is compiled for each
+            return self._by_protocol(o)
+        new = self._keep(o, object.__new__(type(o)))
+        vars(new).update(self.copy({key: value for key, value in vars(o).items() if key != "_compiled_call_impl"}))
+        for name in copyreg._slotnames(type(o)):  # type: ignore[attr-defined]
+            if hasattr(o, name):
+                object.__setattr__(new, name, self.copy(getattr(o, name)))
+        return new
 
     def _part(self, o: Any) -> Any:
         if isinstance(o, Tensor):
@@ -124,7 +138,10 @@ class _Copier:
         if isinstance(recipe, str):  # the name of a global
             return o
         make, args, state, items, pairs = (*recipe, None, None, None)[:5]
-        new = self._keep(o, make(*(self.copy(arg) for arg in args)))
+        new = make(*(self.copy(arg) for arg in args))
+        if new is o:  # there is only one of its kind
+            return o
+        self._keep(o, new)
         if state is not None:
             _set_state(new, self.copy(state))
         for item in items or ():
@@ -141,11 +158,13 @@ class _Copier:
             return weakref.ref(self.copy(o())) if self._is_part(o()) else o
         cells = [CellType(self.copy(c.cell_contents)) if _is_full(c) and self._is_part(c.cell_contents) else c
                  for c in o.__closure__ or ()]  # fmt: skip
-        if all(new is old for new, old in zip(cells, o.__closure__ or (), strict=True)):
+        defaults, keywords = (self.copy(d) if self._is_part(d) else d for d in (o.__defaults__, o.__kwdefaults__))
+        before = (*(o.__closure__ or ()), o.__defaults__, o.__kwdefaults__)
+        if all(new is old for new, old in zip((*cells, defaults, keywords), before, strict=True)):
             return o
-        new = self._keep(o, FunctionType(o.__code__, o.__globals__, o.__name__, o.__defaults__, tuple(cells)))
+        new = self._keep(o, FunctionType(o.__code__, o.__globals__, o.__name__, defaults, tuple(cells)))
         vars(new).update(vars(o))
-        new.__kwdefaults__ = o.__kwdefaults__
+        new.__kwdefaults__ = keywords
         return new
 
     def _is_part(self, o: Any) -> bool:
@@ -155,8 +174,8 @@ class _Copier:
         if isinstance(o, partial):
             return self._is_part((o.func, *o.args, *o.keywords.values()))
         owner = o.__self__ if isinstance(o, MethodType) else o
-        known = isinstance(owner, (nn.Module, nn.Parameter)) and id(owner) in self.memo
-        return known or id(owner) in self.parts or (isinstance(o, FunctionType) and self.copy(o) is not o)
+        known = id(owner) in self.parts or id(owner) in self.memo
+        return known or (isinstance(o, FunctionType) and self.copy(o) is not o)
 
 
 def _is_full(cell: CellType) -> bool:
@@ -172,17 +191,17 @@ def _tensor(t: Tensor) -> Tensor:
     elif isinstance(t, nn.Parameter):
         new = t.__deepcopy__({})
     else:
-        return t.clone().requires_grad_(t.requires_grad and t.is_leaf)
+        new = t.clone().requires_grad_(t.requires_grad and t.is_leaf)
     vars(new).update(vars(t))
     return new
 
 
 def _set_state(new: Any, state: Any) -> None:
-    if hasattr(new, "__setstate__"):
+    if hasattr(type(new), "__setstate__"):
         new.__setstate__(state)
         return
     attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
     if attributes:
         vars(new).update(attributes)
     for name, value in (slots or {}).items():
-        setattr(new, name, value)
+        object.__setattr__(new, name, value)

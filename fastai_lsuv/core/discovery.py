@@ -181,12 +181,13 @@ class Discovery:
 
     def _set_up_block(self, block: Layer) -> None:
         block.is_block = True
-        block.exposed_bias = exposes_bias(block.module)
+        shown = self.dry_run.copy(block.module)  # its properties may be code of the user's
+        block.exposed_bias = exposes_bias(shown)
         watch = self.watch
         inside = {m for _, m in named_modules(block.module)} - watch.excluded
         layers = [m for m in watch.order if m in inside and watch.seen[m].affine is not None]
-        weight = getattr(block.module, "weight", None)  # of a block: a property that exposes it
-        exposed = [m for m in layers if self.dry_run.original(watch.seen[m].affine.weight) is weight]  # type: ignore[union-attr]
+        weight = getattr(shown, "weight", None)  # of a block: a property that exposes it
+        exposed = [m for m in layers if watch.seen[m].affine.weight is weight]  # type: ignore[union-attr]
         own = self.dry_run.working(block.module)
         carriers = [p for which in watch.seen[block.module].multiplied for p in which]
         if layers:

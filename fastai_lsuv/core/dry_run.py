@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fastai_lsuv.core.affine import get_bias, set_bias
 from fastai_lsuv.core.copies import Memo, copied
 from fastai_lsuv.core.errors import CannotRun, name_module_at_work
-from fastai_lsuv.core.mode import as_in_training, prepend, set_mode
+from fastai_lsuv.core.mode import as_in_training, prepend, set_mode, take_down
 from fastai_lsuv.core.modules import is_scripted, named_modules, open_modules, plain
 from fastai_lsuv.core.random_state import RandomState, kept_random_state
 from fastai_lsuv.core.statistics import on_host
@@ -33,15 +34,16 @@ class DryRun:
     `hand_over` gives them to the model. They are tensors of our own, here called the *working* weights.
     """
 
-    def __init__(self, model: nn.Module, call: Call, as_it_stands: bool = False) -> None:
+    def __init__(self, model: nn.Module, call: Call, as_it_stands: bool = False, with_grad: bool = False) -> None:
         """`as_it_stands`: its modules are in the modes in which training calls them."""
+        self._with_grad = with_grad
         self.model, self.call = plain(model), call
         frozen = [m for m in self.model.modules() if not m.training] if as_it_stands and model.training else []
         self.names = {module: name for name, module in named_modules(self.model)}
         self.n_forward = 0  # passes of the whole model so far
         self._random = RandomState()
         originals = [p for m in self.names if not is_scripted(m) for p in m._parameters.values() if p is not None]
-        self._working: dict[Tensor, Tensor] = {original: copied(original) for original in originals}
+        self._working = _copied_weights(originals)
         self._original = {working: original for original, working in self._working.items()}
         self._kept: set[Tensor] = set()  # working weights that have been given values of their own
         self.biases: dict[nn.Module, Any] = {}  # what blocks that expose a bias are to have in passes, and in the end
@@ -54,21 +56,29 @@ class DryRun:
     def forward(self, after: Mapping[nn.Module, After], before: Mapping[nn.Module, Before] | None = None) -> None:
         """Run a fresh copy of the model; `before` and `after` are called with the modules of the model itself."""
         self._random.restore()
-        with as_in_training():
-            copy, before = self._fresh_copy(), before or {}
+        copy, before = self._fresh_copy(), before or {}
+        with as_in_training(self._with_grad):
             for module in {**before, **after}:
                 _Watched(self._copies[module], module, before.get(module), after.get(module))
             args, kwargs = copied(self.call)
+            guard = register_module_forward_pre_hook(self._refuse_original)
             try:
                 copy(*args, **kwargs)
             except BaseException as error:
                 name_module_at_work(error, {self._copies[m]: name for m, name in self.names.items()})
                 raise
             finally:
+                guard.remove()
+                take_down(copy)
                 for module in {**before, **after}:  # a cycle would keep it alive until the next garbage collection
                     del vars(self._copies[module])["forward"]
                 self._copies = {}
         self.n_forward += 1
+
+    def _refuse_original(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Pre-hook of all modules there are: one of the model itself is not to run."""
+        if module in self.names:
+            raise CannotRun(f"the forward reaches {self.names[module]!r} of the model in a way that no copy can follow")
 
     def snapshot(self, module: nn.Module, with_hooks: bool = True) -> nn.Module:
         """Return a copy of a module as it is at this moment of the pass, on the working weights.
@@ -82,6 +92,10 @@ class DryRun:
             if not with_hooks:
                 m._forward_hooks = OrderedDict()
         return snapshot
+
+    def copy(self, module: nn.Module) -> nn.Module:
+        """Return a copy of a module as it is in the model, on the working weights."""
+        return copied(module, {id(p): w for p, w in self._working.items()})
 
     @contextmanager
     def replay(self, module: nn.Module, snapshot: nn.Module) -> Iterator[Run]:
@@ -106,7 +120,8 @@ class DryRun:
         """A copy of the model in the mode of training without dropout, on the working weights."""
         stale = [w for w in self._original if w not in self._kept] if self._has_run else []
         if stale:
-            torch._foreach_copy_(stale, [self._original[w] for w in stale])  # a forward may have written to them
+            with torch.no_grad():  # a forward may have written to them
+                torch._foreach_copy_(stale, [self._original[w] for w in stale])
         self._has_run = True
         try:
             copy = copied(self.model, {id(p): w for p, w in self._working.items()})
@@ -210,6 +225,16 @@ class _Watched:
         """A copy of a watched module isn't watched."""
         is_method = isinstance(self.forward, MethodType)
         return MethodType(self.forward.__func__, memo[id(self.forward.__self__)]) if is_method else self.forward
+
+
+def _copied_weights(originals: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+    """Copies of weights; those that are one in memory, though not one object, have one copy."""
+    copies: dict[Any, Tensor] = {}
+    place = {p: (p.data_ptr(), p.dtype, p.shape, p.stride()) if p.numel() else id(p) for p in originals}
+    for p in originals:
+        if place[p] not in copies:
+            copies[place[p]] = copied(p)
+    return {p: copies[place[p]] for p in originals}
 
 
 def _is_expanded(t: Tensor) -> bool:

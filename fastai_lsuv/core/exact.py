@@ -132,7 +132,11 @@ def scaled(layer: Layer, y: Tensor, step: Step) -> Tensor:
         if statistics.at_hand(y) and not scale.dim():
             return torch.add(shift, y, alpha=float(scale), out=y)
         return torch.addcmul(shift, y, scale, out=y)
-    return (y.to(wide) * scale + shift).to(y.dtype)
+    corrected = (y.to(wide) * scale + shift).to(y.dtype)
+    if y.grad_fn is None:
+        return corrected
+    y.data = corrected  # the graph that leads to it is that of the corrected weights, too
+    return y
 
 
 def rescale(affine: AffineParameters, scale: Tensor, shift: Tensor, values: Sequence[Tensor] | None = None) -> None:

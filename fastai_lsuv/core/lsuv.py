@@ -85,9 +85,8 @@ def run(model: nn.Module, call: Call, options: Options, as_it_stands: bool = Fal
     check_model(model)
     check_inputs(call)
     with kept_random_state():
-        dry_run = DryRun(model, call, as_it_stands)
-        discovery = Discovery(dry_run, options)
-        layers = discovery.layers
+        discovery = _discover(model, call, options, as_it_stands)
+        dry_run, layers = discovery.dry_run, discovery.layers
         check_outputs([layer.before for layer in layers if layer.before], call)
         if options.residual and not options.only_measures:
             _bound_branches(dry_run, layers, options)
@@ -96,11 +95,22 @@ def run(model: nn.Module, call: Call, options: Options, as_it_stands: bool = Fal
                 layer.after = layer.before
         else:
             _correct(dry_run, discovery, options)
-            dry_run.hand_over()
-    if not layers:
-        warnings.warn(f"{type(dry_run.model).__name__} has nothing to correct: no affine layer", stacklevel=3)
-    rows = [_row(layer, options) for layer in layers]
-    return LSUVReport(rows, dry_run.n_forward, time.perf_counter() - started, options.mean, options.std)
+        if not layers:
+            warnings.warn(f"{type(dry_run.model).__name__} has nothing to correct: no affine layer", stacklevel=3)
+        rows = [_row(layer, options) for layer in layers]
+        report = LSUVReport(rows, dry_run.n_forward, time.perf_counter() - started, options.mean, options.std)
+    dry_run.hand_over()  # last, so that whatever is interrupted has changed nothing
+    return report
+
+
+def _discover(model: nn.Module, call: Call, options: Options, as_it_stands: bool) -> Discovery:
+    """Look at the layers: without gradients, unless the forward itself asks for some (forces, penalties)."""
+    try:
+        return Discovery(DryRun(model, call, as_it_stands), options)
+    except RuntimeError as error:
+        if "grad" not in str(error):
+            raise
+    return Discovery(DryRun(model, call, as_it_stands, with_grad=True), options)
 
 
 def as_call(batch: Any) -> Call:

@@ -16,13 +16,16 @@ PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 
 
 @contextmanager
-def as_in_training() -> Iterator[None]:
-    """Settings for a pass: no gradients, nothing compiled, no fast path of inference, no cast weights from before."""
+def as_in_training(with_grad: bool) -> Iterator[None]:
+    """Settings for a pass: nothing compiled, no fast path of inference, no casts of weights from before a step.
+
+    There are gradients only if the forward itself needs them.
+    """
     fastpath, cache = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # training doesn't take it, nor its nested tensors
         torch.set_autocast_cache_enabled(False)  # it would hand out casts of weights as they were before a step
-        with torch.no_grad(), eagerly():
+        with torch.set_grad_enabled(with_grad), eagerly():
             yield
     finally:
         torch.set_autocast_cache_enabled(cache)
@@ -62,10 +65,17 @@ def _channel_groups(norm: nn.Module, x: Tensor) -> int:
 
 
 def prepend(copy: nn.Module, hook: PreHook) -> None:
-    """Hang a pre-hook on a copy, ahead of all others; it needs no handle, as it goes with the copy."""
+    """Hang a pre-hook on a copy, ahead of all others, under a number that PyTorch gives to none."""
     copy._forward_pre_hooks[id(hook)] = hook
     copy._forward_pre_hooks.move_to_end(id(hook), last=False)  # type: ignore[attr-defined]
     copy._forward_pre_hooks_with_kwargs[id(hook)] = True
+
+
+def take_down(copy: nn.Module) -> None:
+    """Take away what `prepend` hung on a copy and its parts: a forward may have shown them to somebody."""
+    for module in copy.modules():
+        for key in [key for key, hook in module._forward_pre_hooks.items() if key == id(hook)]:
+            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
 
 
 def eagerly() -> AbstractContextManager[Any]:

@@ -239,8 +239,8 @@ def _set(values: Mapping[Tensor, Tensor]) -> Iterator[None]:
     with torch.no_grad():
         try:
             for p, value in values.items():
-                p.copy_(value)
+                p.data.copy_(value)
             yield
         finally:
             for p, value in kept.items():
-                p.copy_(value)
+                p.data.copy_(value)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from fastai.learner import Learner
 
 
+_EXPECTED = "expected one batch as the DataLoaders give it, (xb, yb)"
+
+
 @contextmanager
 def as_fed(
     learn: Learner,
@@ -37,7 +40,12 @@ def as_fed(
         UnknownInputs: the block fails with inputs that may not be those of training.
     """
     with _kept_random_states(), ExitStack() as stack:
-        fed = first_call(learn, _checked(batch) if batch is not None else _own_batch(learn), begun)
+        try:
+            fed = first_call(learn, _checked(batch) if batch is not None else _own_batch(learn), begun)
+        except UnknownInputs as error:
+            if batch is None or isinstance(batch, (tuple, list)):
+                raise
+            raise TypeError(f"batch is a {type(batch).__name__}: {_EXPECTED}") from error
         for setting in fed.settings:
             stack.enter_context(setting)
         try:
@@ -50,7 +58,7 @@ def as_fed(
 
 def _checked(batch: Any) -> Any:
     if isinstance(batch, (*LOADERS, Tensor, np.ndarray)):
-        raise TypeError(f"batch is a {type(batch).__name__}: expected one batch as the DataLoaders give it, (xb, yb)")
+        raise TypeError(f"batch is a {type(batch).__name__}: {_EXPECTED}")
     return batch
 
 

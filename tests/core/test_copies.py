@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 import torch.ao.quantization as tq
-from audit import differences, fingerprint, parameter_bits
+from audit import differences, fingerprint
+from learners import digits, learner, ran
 from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision.models.feature_extraction import create_feature_extractor
 from transformers import BertConfig, BertModel
 
-from fastai_lsuv import lsuv_
+from fastai_lsuv import LSUVCallback, lsuv_
 from fastai_lsuv.core.copies import copied
 
 MEASURE = {"mean": None, "std": None}
@@ -367,6 +368,7 @@ class Referring(nn.Module):
             "method": self.first,
             "lambda over itself": lambda x: self.a(x),
             "closure over a layer": lambda x: a(x),
+            "lambda with a default": lambda x, a=a: a(x),
             "closure over containers": lambda x: layers["a"][0](x),
             "partial": functools.partial(Referring.first, self),
             "partial of a layer": functools.partial(a),
@@ -385,6 +387,7 @@ class Referring(nn.Module):
 
 
 HOW = (
+    "lambda with a default",
     "method",
     "lambda over itself",
     "closure over a layer",
@@ -443,16 +446,114 @@ def test_a_compiled_or_replicated_model_is_copied_as_a_plain_one():
         assert type(copied(wrapped)) is nn.Sequential
 
 
-def test_a_module_that_refuses_to_be_copied_says_so_and_nothing_has_changed():
+def test_a_module_is_copied_whatever_it_says_about_copies():
     class Refuses(nn.Linear):
         def __deepcopy__(self, memo):
             raise RuntimeError("there is only one of me")
 
-    net = nn.Sequential(nn.Linear(8, 8), Refuses(8, 3))
-    before = parameter_bits(net)
-    with pytest.raises(RuntimeError, match="only one of me"):
+    class Shares(nn.Linear):
+        def __deepcopy__(self, memo):
+            return self
+
+    class Drops(nn.Linear):
+        def __getstate__(self):
+            return {k: v for k, v in vars(self).items() if k != "scale"}
+
+        def forward(self, x):
+            return super().forward(x) * self.scale
+
+    net = nn.Sequential(Refuses(8, 8), Shares(8, 8), Drops(8, 3))
+    net[2].scale = 2.0
+    report = untouched_but(net, x(), *(n for n, _ in net.named_parameters()))
+    assert [row.status for row in report] == ["corrected"] * 3
+
+
+class Singleton:
+    "There is one, whoever asks for it."
+
+    one = None
+
+    def __new__(cls):
+        cls.one = cls.one or super().__new__(cls)
+        return cls.one
+
+
+def test_an_object_of_which_there_is_one_stays_the_one():
+    net = nn.Linear(8, 3)
+    net.registry, net.registry.layer = Singleton(), net
+    lsuv_(net, x())
+    assert Singleton.one.layer is net
+
+
+GLOBAL = nn.Linear(8, 8)
+
+
+class ByGlobalName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = GLOBAL, nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.b(GLOBAL(x))
+
+
+def test_layers_that_no_copy_can_follow_are_not_run_behind_the_user_s_back():
+    net = ByGlobalName()
+    before = fingerprint(net)
+    with pytest.raises(RuntimeError, match="reaches 'a' of the model"):
         lsuv_(net, x())
-    assert parameter_bits(net) == before
+    assert not differences(before, fingerprint(net))
+
+
+def test_such_a_network_is_trained_without(capsys):
+    learn = learner(digits(64, 16), nn.Sequential(nn.Flatten(), nn.Linear(64, 8), ByGlobalName(), nn.Linear(3, 10)))
+    learn.fit(1, cbs=LSUVCallback())
+    assert not ran(learn)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "LSUV" in line]
+    assert line.startswith("LSUV: not run, because the forward reaches '2.a'")
+
+
+def test_buffers_of_parametrizations_stay_what_they_were():
+    net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 3))
+    untouched_but(net, x(), *(n for n, _ in net.named_parameters()))
+
+
+def test_weights_that_are_one_in_memory_are_one_in_the_copy():
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    net[2].weight.data = net[0].weight.data
+    report = lsuv_(net, x())
+    assert report["2"].reason == "tied weight"
+    assert report["2"].std_after == pytest.approx(net(x()).std().item(), rel=1e-5)
+
+
+class Forces(nn.Module):
+    "Asks autograd for the slope of its own energy (Hamiltonian networks, force fields)."
+
+    def __init__(self, layers):
+        super().__init__()
+        self.net = layers
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        return -torch.autograd.grad(self.net(x).sum(), x, create_graph=True)[0]
+
+
+class Own(nn.Module):
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(n_in, n_out))
+
+    def forward(self, x):
+        return x @ self.w
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Own])
+def test_a_forward_that_needs_gradients_gets_them(kind):
+    net = Forces(nn.Sequential(kind(8, 32), nn.Tanh(), kind(32, 1)))
+    report = lsuv_(net, x())
+    assert report["net.0"].status == "corrected"
+    assert net.net[0](x()).std().item() == pytest.approx(1, abs=1e-3)
+    assert all(p.grad is None for p in net.parameters())
 
 
 def test_a_fit_s_hooks_of_the_user_s_are_seen_by_the_user():

@@ -275,24 +275,6 @@ def test_a_refusal_outlives_the_sign_that_led_to_it(trained, capsys):
     assert not fit(twin, reset_opt=True)
 
 
-def load_hooks(model):
-    return sum(len(m._load_state_dict_post_hooks) for m in model.modules())
-
-
-@pytest.mark.parametrize("how", ["lsuv_init first", "two callbacks", "refused", "removed"])
-def test_no_load_hook_stays(how, trained):
-    learn = trained if how == "refused" else Learner(digits_dls(), plain_cnn(4), cbs=LSUVCallback())
-    learn.add_cb(LSUVCallback())
-    assert load_hooks(learn.model)
-    if how == "lsuv_init first":
-        learn.lsuv_init()
-    if how == "removed":
-        learn.remove_cb(LSUVCallback)
-    else:
-        fit(learn)
-    assert not load_hooks(learn.model)
-
-
 # --- bad input -----------------------------------------------------------------------------------------------------
 
 
