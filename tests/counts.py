@@ -11,6 +11,7 @@ import torch
 from fastai.data.core import DataLoaders
 from learners import learner
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
@@ -19,18 +20,37 @@ from fastai_lsuv import ActivationStatsRecorder, lsuv_
 from fastai_lsuv.core import statistics
 
 WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}
+FETCHES = "tolist", "cpu"  # no operations on a CPU, but on a device they wait, too
 VIEWS = ("view", "detach", "alias", "expand", "permute", "transpose", "aten.t.", "squeeze", "select", "slice", "split")
 
 # the code that an accelerator runs: there is a single place that tells whether values are at hand
 as_on_a_device = partial(patch.object, statistics, "at_hand", lambda x: False)
 
 
+class Fetches(TorchFunctionMode):
+    "Counts how often values go to the host."
+
+    n = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.n += getattr(func, "__name__", "") in FETCHES
+        return func(*args, **(kwargs or {}))
+
+
 class Counts(TorchDispatchMode):
-    "Operations, bytes that they read and write, and reads of a value."
+    "Operations, bytes that they read and write, and reads of values."
 
     def __init__(self):
         super().__init__()
-        self.operations, self.bytes = Counter(), 0
+        self.operations, self.bytes, self.fetches = Counter(), 0, Fetches()
+
+    def __enter__(self):
+        self.fetches.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.fetches.__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
@@ -46,7 +66,7 @@ class Counts(TorchDispatchMode):
 
     @property
     def waits(self):
-        return sum(self.operations[w] for w in WAITS)
+        return self.fetches.n + sum(self.operations[w] for w in WAITS)
 
 
 def size(t):
