@@ -14,13 +14,14 @@ from fastcore.meta import delegates
 
 from fastai_lsuv.core.errors import CannotRun
 from fastai_lsuv.core.lsuv import lsuv_, run
+from fastai_lsuv.core.modules import open_modules
 from fastai_lsuv.core.options import Options
 from fastai_lsuv.learner.distributed import group_of
 from fastai_lsuv.learner.first_batch import as_fed
-from fastai_lsuv.learner.guards import Decision, decision_on, judge, keep
+from fastai_lsuv.learner.guards import Decision, decision_on, keep, refusal, settle, what_to_tell
 from fastai_lsuv.learner.loads import LoadWatch
 from fastai_lsuv.learner.loop import came_through_fit
-from fastai_lsuv.report import LSUVReport, few
+from fastai_lsuv.report import LSUVReport
 
 
 @delegates(lsuv_)
@@ -54,6 +55,7 @@ class LSUVCallback(Callback):
     order = ChannelsLast.order / 2
     _learn: Learner | None = None
     _watch: LoadWatch | None = None
+    _decision: Decision | None = None  # not to run
 
     def __init__(
         self,
@@ -73,10 +75,13 @@ class LSUVCallback(Callback):
 
     @learn.setter
     def learn(self, learn: Learner | None) -> None:
-        self._stop_watching()
-        self.__dict__["_learn"] = learn  # past fastai's check for names that the Learner has, too
-        if learn is not None and decision_on(learn) is None:
-            self.__dict__["_watch"] = LoadWatch(learn, learn.model)
+        if self._watch is not None:
+            self._watch.abandon()
+        kept, watch = self._decision, None
+        if learn is not None and (kept is None or not kept.is_about(learn.model)):
+            kept, watch = None, None if decision_on(learn) else LoadWatch(open_modules(learn.model))
+        # past fastai's check for names that the Learner has, too
+        self.__dict__.update(_learn=learn, _decision=kept, _watch=watch)
 
     def before_fit(self) -> None:
         """Run LSUV if this is the first real fit of a fresh model."""
@@ -85,31 +90,24 @@ class LSUVCallback(Callback):
         if not came_through_fit(learn):
             return
         try:
-            self._run_once(learn)
+            line = self._run_once(learn)
         except StopIteration as error:  # fastai runs callbacks by `map`, which would take it for the end of them
             raise RuntimeError(f"LSUV stopped by StopIteration: {error}") from error
-        self._stop_watching()
-
-    def _run_once(self, learn: Learner) -> None:
-        group = group_of(learn)
-        decision = group.first(lambda: decision_on(learn) or judge(learn))
-        if decision is None:
-            try:
-                self.report = _initialise(learn, self.batch, self.options, begun=self.order)
-                line = self.report.summary()
-            except CannotRun as error:  # training can do without LSUV
-                line = f"LSUV: not run, because {error}"
-        else:
-            keep(learn, decision)
-            line = "" if decision.told else _what_to_tell(learn, decision)
-            decision.told = decision.told or bool(line)
-        if line and self.verbose and group.rank == 0:
-            print(line)
-
-    def _stop_watching(self) -> None:
         if self._watch is not None:
             self._watch.end()
             self.__dict__["_watch"] = None
+        if line and self.verbose and group_of(learn).rank == 0:
+            print(line)
+
+    def _run_once(self, learn: Learner) -> str:
+        sign = group_of(learn).first(lambda: refusal(learn))
+        if sign is not None:
+            return what_to_tell(learn, settle(learn, self, sign))
+        try:
+            self.report = _initialise(learn, self.batch, self.options, begun=self.order)
+        except CannotRun as error:  # training can do without LSUV
+            return f"LSUV: not run, because {error}"
+        return self.report.summary()
 
     def __getstate__(self) -> dict[str, Any]:
         """All but training data."""
@@ -120,19 +118,6 @@ class LSUVCallback(Callback):
         new = memo[id(self)] = copy.copy(self)
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return new
-
-
-def _what_to_tell(learn: Learner, decision: Decision) -> str:
-    """Return why LSUV doesn't run, or which layers were frozen when it ran and train from now on."""
-    if decision.report is None:
-        return (
-            f"LSUV: not run: this network looks trained ({decision.refused}). Usually right, nothing to do. "
-            "To overwrite its weights anyway: learn.lsuv_init()"
-        )
-    modules = dict(learn.model.named_modules())
-    frozen = [row.name for row in decision.report if row.reason == "frozen" and row.name in modules]
-    thawed = [name for name in frozen if all(p.requires_grad for p in modules[name].parameters())]
-    return f"LSUV: unfrozen since it ran, and not corrected, are {len(thawed)} layers: {few(thawed)}" if thawed else ""
 
 
 @patch
@@ -174,7 +159,7 @@ def _initialise(learn: Learner, batch: Any, options: dict[str, Any], begun: floa
         learn.model, as_fed(learn, batch, begun), lambda call: run(learn.model, call, checked, as_it_stands=True)
     )
     if not checked.only_measures:  # a diagnosis is no initialisation
-        keep(learn, Decision(report))
+        keep(learn, report)
     return report
 
 
@@ -185,8 +170,8 @@ def _getattr(self: Learner, name: str) -> Any:
     """Delegate to the model as ever; but where there is no report say why, for the model's own error helps nobody."""
     if name != "lsuv_report":
         return _ask_the_model(self, name)
-    if (decision := decision_on(self)) and decision.refused:
-        why = f"this network looks trained ({decision.refused}); to overwrite its weights anyway: learn.lsuv_init()"
+    if sign := refusal(self):
+        why = f"this network looks trained ({sign}); to overwrite its weights anyway: learn.lsuv_init()"
     elif self._grab_cbs(LSUVCallback):
         why = "it will when the first fit begins; to run it now: learn.lsuv_init()"
     else:

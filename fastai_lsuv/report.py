@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from statistics import median
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import pandas as pd
 
@@ -18,8 +18,11 @@ from fastai_lsuv.plots.layers import plot_report
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from fastai_lsuv.learner.guards import Decision
+
 STATUSES = ("corrected", "unchanged", "skipped", "not_converged")
-_MEAN_KEPT = {Note.NO_BIAS.value, Note.ONE_SIGN.value}
+_MEAN_KEPT = {Note.NO_BIAS.value, Note.ONE_SIGN.value, Note.PRIOR.value}
+_TOLD = {Note.OTHERS.value: "", Note.BIAS_MOVED.value: " (exclude= leaves it)"}  # of layers that are right, too
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ class Row:
 
     @property
     def notes(self) -> set[str]:
-        """The phrases that the reason consists of."""
-        return set(self.reason.split("; "))
+        """The phrases that the reason consists of, without the names of weights behind them."""
+        return {note.partition(": ")[0] for note in self.reason.split("; ")}
 
 
 class LSUVReport(Sequence[Row]):
@@ -69,6 +72,8 @@ class LSUVReport(Sequence[Row]):
         >>> figure = report.plot()
     """
 
+    _decision: Decision | None = None  # that the model has had LSUV, where a Learner keeps the report
+
     def __init__(
         self,
         rows: Sequence[Row],  # one per layer, in execution order
@@ -78,6 +83,9 @@ class LSUVReport(Sequence[Row]):
         std: float | None = 1.0,  # wanted standard deviation
     ) -> None:
         self.rows, self.n_forward, self.seconds, self.mean, self.std = tuple(rows), n_forward, seconds, mean, std
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_decision"}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -143,10 +151,16 @@ class LSUVReport(Sequence[Row]):
         for row in self.rows:
             if row.status in ("skipped", "not_converged"):
                 groups[row.status.replace("_", " "), row.reason].append(row.name or row.type)
-        return [
+        told = defaultdict(list)
+        for row in self.rows:
+            for note in row.reason.split("; ") if row.status != "skipped" else ():
+                if (phrase := note.partition(": ")[0]) in _TOLD:
+                    told[note.replace(": ", " (") + ")" * (": " in note) + _TOLD[phrase]].append(row.name or row.type)
+        left = [
             f"{len(names)} {status}{f' ({reason})' if reason else ''}: {few(names)}"
             for (status, reason), names in groups.items()
         ]
+        return left + [f"{note} in {len(names)}: {few(names)}" for note, names in told.items()]
 
     def _table(self) -> pd.DataFrame:
         """The frame as text, for printing."""

@@ -32,16 +32,23 @@ class AffineParameters:
     # one factor per channel, in a shape that multiplies `weight`; and where the channels are in an output
     per_channel: Callable[[Tensor], Tensor] | None = None
     channel_dim: Callable[[Tensor], int] | None = None
+    partners: tuple[Tensor, ...] = ()  # weights whose results add up with that of `weight`: scaled with it
 
     @property
-    def both(self) -> list[Tensor]:
-        """What a correction changes."""
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
+    def scaled(self) -> list[Tensor]:
+        """What is scaled."""
+        return [self.weight, *self.partners]
+
+    @property
+    def all(self) -> list[Tensor]:
+        """What a correction changes: what is scaled, and then the bias."""
+        return self.scaled if self.bias is None else [*self.scaled, self.bias]
 
     def of(self, twins: Mapping[Tensor, Tensor]) -> AffineParameters:
         """Return the same of a module that is built alike, given its parameter for each parameter here."""
         bias = None if self.bias is None else twins[self.bias]
-        return replace(self, weight=twins[self.weight], bias=bias, matrices=tuple(twins[p] for p in self.matrices))
+        matrices, partners = (tuple(twins[p] for p in which) for which in (self.matrices, self.partners))
+        return replace(self, weight=twins[self.weight], bias=bias, matrices=matrices, partners=partners)
 
 
 def known_parameters(module: nn.Module, own: Mapping[str, Tensor | None]) -> AffineParameters:

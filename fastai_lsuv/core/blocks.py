@@ -19,7 +19,9 @@ from fastai_lsuv.core.statistics import Measured, moments
 # The first step scales alone, by f; the std must follow by f^0.5 at least. One that follows much less (a residual
 # branch, a standardised weight) would be scaled for ever, to weights of nothing or without bound: a wrong answer.
 _LEAST_EFFECT = 0.5
+_MOST_EFFECT = 1.5  # of a weight of its own, in which it would have to be linear
 _NO_EFFECT = 0.05
+_NO_CHANGE = 0.01  # of the std when the weight is doubled
 # What centring may then ask for. A bounded activation (tanh to std 1) would ask for more and more.
 _LARGEST_FACTOR = math.log(4.0)
 
@@ -37,9 +39,15 @@ def correct_in_pass(
         def measure() -> Measured:
             return moments(_first(run(call))).on_host()
 
+        knobs = ScaleAndShift(block, dry_run, seen)
+        if block.owner is None and _is_idle(block, seen, measure):
+            block.skip(Skip.NO_EFFECT)
+        knobs.reset(snapshot)
+        if block.skipped:
+            return None
         if _centres(block) and is_one_sided(y, seen):
             block.keep_mean(Note.ONE_SIGN)
-        knobs = ScaleAndShift(block, dry_run, seen)
+            knobs = ScaleAndShift(block, dry_run, seen)
         right = correct_block(block, knobs, seen, measure, options, snapshot)
         if not right and block.n_iter and _centres(block):
             y = _first(run(call))
@@ -81,15 +89,27 @@ def correct_block(
         target[0] = target[0].clamp(centre - _LARGEST_FACTOR, centre + _LARGEST_FACTOR)
         knobs.turn(target, running)
         before, seen = seen, run()
-        if tries == 0 and (effect := _effect(centre, before, seen)) < _LEAST_EFFECT:
+        effect = _effect(centre, before, seen) if tries == 0 else 1.0
+        has_own_weight = block.owner is None and block.affine is not None
+        if effect < _LEAST_EFFECT or (has_own_weight and effect > _MOST_EFFECT):
+            if has_own_weight:
+                block.skip(Skip.NOT_AFFINE)
             knobs.reset(running)
-            if abs(effect) < _NO_EFFECT:
+            if abs(effect) < _NO_EFFECT and _is_idle(block, before, run):
                 block.skip(Skip.NO_EFFECT)
+            knobs.reset(running)
             return False
         block.n_iter += 1
         best = min(best, (block.target.error(seen), knobs.position), key=lambda pair: pair[0])
     knobs.turn(best[1], running)
     return best[0] <= options.tol
+
+
+def _is_idle(block: Layer, before: Measured, run: Callable[[], Measured]) -> bool:
+    """Whether to double the weight, and nothing else, changes nothing."""
+    for weight in block.affine.scaled if block.affine else ():
+        weight.data.mul_(2)
+    return abs(run().std[0] / before.std[0] - 1) < _NO_CHANGE
 
 
 def _effect(log_factor: float, before: Measured, after: Measured) -> float:

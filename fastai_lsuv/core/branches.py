@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -11,20 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from fastai_lsuv.core.dry_run import Call, DryRun
 from fastai_lsuv.core.probe import first_tensor
+from fastai_lsuv.core.tracing import SHAPED, Trace, placed, tensors
 
 _SUMS = [getattr(torch.ops.aten, name) for name in ("add", "add_", "sub", "sub_", "rsub", "lerp", "lerp_")]
-_SHAPED = [  # take no more than the shape of another tensor
-    getattr(torch.ops.aten, name)
-    for name in (
-        *(f"{what}_like" for what in ("empty", "full", "ones", "rand", "randint", "randn", "zeros")),
-        *(f"new_{what}" for what in ("empty", "empty_strided", "full", "ones", "zeros")),
-    )
-]
 
 
 def branch_ends(dry_run: DryRun, layers: Collection[nn.Module]) -> list[nn.Module]:
@@ -59,15 +52,8 @@ class _Trail(NamedTuple):
         return _Trail(self.calls, frozenset(), self.bent if degree == 0 else self.bent | self.ends)
 
 
-class _Trace(TorchDispatchMode):
-    """Sees every operation, and keeps the trail of the memory that it writes: views of it are the same to all."""
-
-    supports_higher_order_operators = True
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """No: nothing is compiled here, and to import what would skip it takes seconds."""
-        return False
+class _Trace(Trace):
+    """Keeps the trail of the memory that operations write."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -85,7 +71,7 @@ class _Trace(TorchDispatchMode):
         known = self._known(y)
         if not self.trails:  # inputs in an object of one's own: what the first layer gets stands for them
             self._note(call, _Trail())
-            known = [(x, _Trail()) for x in _tensors(y)]
+            known = [(x, _Trail()) for x in tensors(y)]
         for _, trail in known:
             self._note(y, _Trail(trail.calls | 1 << self.n_calls, frozenset([module])))
             self.n_calls += 1
@@ -94,7 +80,7 @@ class _Trace(TorchDispatchMode):
         """Run an operation and note the trail of what comes out."""
         call = (args, kwargs or {})
         packet = getattr(func, "overloadpacket", None)  # operations of higher order have none
-        seen = [] if packet in _SHAPED else self._known(call)
+        seen = [] if packet in SHAPED else self._known(call)
         added = self._known(args) if packet in _SUMS else []  # without `out=`
         branch = _branch(*added) if len(added) == 2 else None
         before = _merged([trail for _, trail in seen])
@@ -104,7 +90,7 @@ class _Trace(TorchDispatchMode):
             self._note(output, _Trail(before.calls, is_stream=True))
         elif before.ends and isinstance(func, OpOverload):
             output, degrees = _run_twice(func, call, {id(x) for x, trail in seen if trail.ends})
-            for y, degree in zip(_tensors(output), degrees, strict=True):
+            for y, degree in zip(tensors(output), degrees, strict=True):
                 self._note(y, before.after(degree))
         else:
             output = func(*args, **call[1])
@@ -113,10 +99,10 @@ class _Trace(TorchDispatchMode):
         return output
 
     def _known(self, nested: Any) -> list[tuple[Tensor, _Trail]]:
-        return [(x, self.trails[place]) for x, place in _placed(nested) if place in self.trails]
+        return [(x, self.trails[place]) for x, place in placed(nested) if place in self.trails]
 
     def _note(self, nested: Any, trail: _Trail) -> None:
-        for _, place in _placed(nested):
+        for _, place in placed(nested):
             self.trails[place] = trail
 
 
@@ -144,13 +130,13 @@ def _run_twice(func: OpOverload, call: Any, scaled: set[int]) -> tuple[Any, list
     """Run an operation, and tell of each output whether a multiple of these inputs gives that multiple of it."""
     enlarged, factor = None, 2.0
     with suppress(Exception):  # a kind of tensor that can't be multiplied
-        factor = _factor([x for x in _tensors(call) if id(x) in scaled])
+        factor = _factor([x for x in tensors(call) if id(x) in scaled])
         enlarged = tree_map(lambda o: _enlarged(o, factor, id(o) in scaled, func._schema.is_mutable), call)
     output = func(*call[0], **call[1])
-    outputs = _tensors(output)
+    outputs = tensors(output)
     if enlarged is not None and torch.Tag.nondeterministic_seeded not in func.tags:
         with suppress(Exception):  # one that asks for a certain memory layout
-            large = _tensors(func(*enlarged[0], **enlarged[1]))
+            large = tensors(func(*enlarged[0], **enlarged[1]))
             is_same_memory = any(r.alias_info is not None for r in func._schema.returns)  # a view may see zeros only
             degrees = [_degree(y, big, factor, is_same_memory) for y, big in zip(outputs, large, strict=True)]
             return output, degrees
@@ -175,14 +161,3 @@ def _enlarged(o: Any, factor: float, is_scaled: bool, is_mutable: bool) -> Any:
     if not isinstance(o, Tensor) or not (is_scaled or is_mutable):
         return o
     return factor * o if is_scaled else o.clone()
-
-
-def _tensors(nested: Any) -> list[Tensor]:
-    return [o for o in tree_leaves(nested) if isinstance(o, Tensor)]
-
-
-def _placed(nested: Any) -> Iterator[tuple[Tensor, StorageWeakRef]]:
-    """All tensors with the memory they lie in, which a weak reference keeps from being taken for another one."""
-    for x in _tensors(nested):
-        with suppress(NotImplementedError):  # sparse tensors lie in several places
-            yield x, StorageWeakRef(x.untyped_storage())

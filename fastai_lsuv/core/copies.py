@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from functools import partial
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
@@ -43,6 +44,25 @@ def copied(original: T, memo: Memo | None = None) -> T:
     parts = original.modules() if isinstance(original, nn.Module) else ()
     with torch.no_grad():
         return _Copier(memo, {*memo, *map(id, parts)}).copy(original)
+
+
+def tensors_in(o: Any) -> Iterator[Tensor]:
+    """Yield the tensors of anything that a forward takes or gives: of containers, and of objects of one's own."""
+    seen: set[int] = set()
+
+    def visit(o: Any) -> Iterator[Tensor]:
+        if isinstance(o, Tensor):
+            yield o
+        elif type(o) in _IMMUTABLE or isinstance(o, (type, nn.Module)) or id(o) in seen:
+            return
+        else:
+            seen.add(id(o))
+            parts = [*o.values()] if isinstance(o, Mapping) else [*o] if isinstance(o, (list, tuple, set)) else []
+            slots = (getattr(o, name, None) for base in type(o).__mro__ for name in getattr(base, "__slots__", ()))
+            for part in (*parts, *vars(o).values()) if hasattr(o, "__dict__") else (*parts, *slots):
+                yield from visit(part)
+
+    yield from visit(o)
 
 
 class _Copier:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -125,12 +126,20 @@ class Correction:
 
     def _settle(self) -> bool:
         """Skip what could not be corrected; return whether a layer was put back, so that those behind it are off."""
-        for layer, why in self.uncorrectable.items():
+        return self.leave(self.uncorrectable)
+
+    def take_up(self, layer: Layer) -> None:
+        """Correct a layer, too, from the next pass on."""
+        self.layers[layer.module] = layer
+
+    def leave(self, layers: Mapping[Layer, Skip]) -> bool:
+        """Leave layers as they were before; return whether any had been changed."""
+        for layer, why in layers.items():
             layer.skip(why)
             del self.layers[layer.module]
             self.shared.drop(layer)
             self.dry_run.biases.pop(layer.module, None)
-        return self.dry_run.put_back([w for layer in self.uncorrectable for w in layer.touched])
+        return self.dry_run.put_back([w for layer in layers for w in layer.touched])
 
     # after a look at the results
 

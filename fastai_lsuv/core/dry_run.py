@@ -128,9 +128,18 @@ class DryRun:
         """Have working weights carry over to later passes, and to the model in the end."""
         self._kept.update(weights)
 
+    @property
+    def weights(self) -> list[Tensor]:
+        """All working weights."""
+        return [*self._original]
+
     def working(self, module: nn.Module) -> dict[str, Tensor | None]:
         """Return a module's own parameters as the passes use them, by name."""
         return {name: None if p is None else self._working[p] for name, p in module._parameters.items()}
+
+    def running(self, module: nn.Module) -> nn.Module:
+        """Return the copy of a module in the pass at hand."""
+        return self._copies[module]
 
     def original(self, weight: Tensor) -> Tensor:
         """Return the model's parameter that a working weight stands for."""

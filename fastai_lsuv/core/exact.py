@@ -137,15 +137,16 @@ def scaled(layer: Layer, y: Tensor, step: Step) -> Tensor:
 
 def rescale(affine: AffineParameters, scale: Tensor, shift: Tensor, values: Sequence[Tensor] | None = None) -> None:
     """Make an output `scale` times what it is (or was, with weights of these `values`), plus `shift`."""
-    weight, *bias = values or affine.both
-    scale, shift = scale.to(weight.device), shift.to(weight.device)
+    values = values or affine.all
+    scale, shift = scale.to(values[0].device), shift.to(values[0].device)
     shift = shift if affine.gain == 1 else shift / affine.gain
     factor = affine.per_channel(scale) if affine.per_channel and scale.dim() else scale
-    _assign(affine.weight, weight, factor)
+    for weight, value in zip(affine.scaled, values, strict=False):
+        _assign(weight, value, factor)
     if affine.bias is not None:
         if scale.dim():
-            scale, shift = scale.reshape(bias[0].shape), shift.reshape(bias[0].shape)
-        _assign(affine.bias, bias[0], scale, shift)
+            scale, shift = scale.reshape(values[-1].shape), shift.reshape(values[-1].shape)
+        _assign(affine.bias, values[-1], scale, shift)
 
 
 def _assign(parameter: Tensor, value: Tensor, factor: Tensor, offset: Tensor | None = None) -> None:

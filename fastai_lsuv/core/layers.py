@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from fastai_lsuv.core.dry_run import DryRun
 from fastai_lsuv.core.reasons import Note, Skip
 from fastai_lsuv.core.statistics import Measured
 from fastai_lsuv.core.target import Target
+
+_OF_WEIGHTS = (Skip.SEVERAL, Skip.NOT_AFFINE, Skip.COMPLEX, Note.OTHERS)
 
 
 @dataclass(eq=False)
@@ -39,6 +42,7 @@ class Layer:
     n_iter: int = 0  # corrections made
     ratio: float = 0.0  # |mean| / std of the output when it was corrected
     after: Measured | None = None
+    left: list[str] = field(default_factory=list)  # names of weights in it that meet the input and are not corrected
 
     def skip(self, why: Skip) -> None:
         """Leave it as it is."""
@@ -49,6 +53,12 @@ class Layer:
         if what not in self.notes:
             self.notes.append(what)
 
+    def name_weights(self, names: list[str]) -> None:
+        """Say which weights are left as they are."""
+        self.left += [name for name in names if name not in self.left]
+        if not self.skipped:
+            self.note(Note.OTHERS)
+
     def keep_mean(self, why: Note) -> None:
         """Have its mean left alone."""
         if self.target.mean is not None or why is Note.NO_BIAS:
@@ -57,8 +67,10 @@ class Layer:
 
     @property
     def reason(self) -> str:
-        """Why it is skipped, or what else there is to say."""
-        return self.skipped.value if self.skipped else "; ".join(note.value for note in self.notes)
+        """Why it is skipped, or what else there is to say; behind a colon, of which weights."""
+        phrases: list[Skip] | list[Note] = [self.skipped] if self.skipped else self.notes
+        which = f": {', '.join(self.left)}"
+        return "; ".join(f"{x.value}{which}" if x in _OF_WEIGHTS and self.left else x.value for x in phrases)
 
     @property
     def is_shared(self) -> bool:
@@ -78,7 +90,7 @@ class Layer:
     @property
     def weights(self) -> list[Tensor]:
         """What a correction changes."""
-        return self.affine.both if self.affine else []
+        return self.affine.all if self.affine else []
 
     @property
     def touched(self) -> list[Tensor]:
@@ -105,16 +117,13 @@ def mark_starved(layers: list[Layer]) -> None:
             layer.skip(Skip.TOO_FEW)
 
 
-def mark_tied(layers: list[Layer], dry_run: DryRun) -> None:
+def mark_tied(layers: list[Layer], dry_run: DryRun, only_shows: Callable[[nn.Module, Tensor], bool]) -> None:
     """Of layers with a weight in common the first keeps it; a weight that something else uses, too, is nobody's."""
-    owners: dict[int, set[nn.Module]] = {}
-    for module in dry_run.names:
-        for p in module.parameters(recurse=False):
-            owners.setdefault(p.data_ptr(), set()).add(module)
+    owners = _owners(dry_run, only_shows)
     sharing: dict[int, list[Layer]] = {}
     for layer in layers:
         for w in layer.weights:
-            sharing.setdefault(dry_run.original(w).data_ptr(), []).append(layer)
+            sharing.setdefault(_address(dry_run.original(w)), []).append(layer)
     for address, users in sharing.items():
         at_home = {inner for layer in users for inner in (layer.owner or layer.module).modules()}
         used_elsewhere = bool(owners.get(address, set()) - at_home)
@@ -122,3 +131,17 @@ def mark_tied(layers: list[Layer], dry_run: DryRun) -> None:
         for layer in users if used_elsewhere else users[1:]:
             if not layer.skipped or (layer.skipped is Skip.NEVER_CALLED and first_runs):
                 layer.skip(Skip.TIED)
+
+
+def _owners(dry_run: DryRun, only_shows: Callable[[nn.Module, Tensor], bool]) -> dict[int, set[nn.Module]]:
+    owners: dict[int, set[nn.Module]] = {}
+    for module in dry_run.names:
+        for p in module.parameters(recurse=False):
+            if not only_shows(module, p):
+                owners.setdefault(_address(p), set()).add(module)
+    return owners
+
+
+def _address(p: Tensor) -> int:
+    """Where a parameter lies; what is empty lies nowhere."""
+    return p.data_ptr() or id(p)

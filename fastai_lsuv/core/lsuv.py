@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from torch.utils.data import DataLoader
 
 from fastai_lsuv.core.branches import branch_ends
+from fastai_lsuv.core.checks import check_inputs, check_model, check_outputs
 from fastai_lsuv.core.correction import Correction
-from fastai_lsuv.core.discovery import discover, measure
+from fastai_lsuv.core.discovery import Discovery
 from fastai_lsuv.core.dry_run import Call, DryRun
 from fastai_lsuv.core.errors import add_to_message
 from fastai_lsuv.core.layers import Layer
@@ -83,17 +82,20 @@ def lsuv_(
 def run(model: nn.Module, call: Call, options: Options, as_it_stands: bool = False) -> LSUVReport:
     """`lsuv_` on the arguments of a forward; of a model that is `as_it_stands` when training calls it."""
     started = time.perf_counter()
-    _check(model, call)
+    check_model(model)
+    check_inputs(call)
     with kept_random_state():
         dry_run = DryRun(model, call, as_it_stands)
-        layers = discover(dry_run, options)
+        discovery = Discovery(dry_run, options)
+        layers = discovery.layers
+        check_outputs([layer.before for layer in layers if layer.before], call)
         if options.residual and not options.only_measures:
             _bound_branches(dry_run, layers, options)
         if options.only_measures:
             for layer in layers:
                 layer.after = layer.before
         else:
-            _correct(dry_run, layers, options)
+            _correct(dry_run, discovery, options)
             dry_run.hand_over()
     if not layers:
         warnings.warn(f"{type(dry_run.model).__name__} has nothing to correct: no affine layer", stacklevel=3)
@@ -113,41 +115,31 @@ def as_call(batch: Any) -> Call:
     return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
 
 
-def _correct(dry_run: DryRun, layers: list[Layer], options: Options) -> None:
+def _correct(dry_run: DryRun, discovery: Discovery, options: Options) -> None:
     """Make correcting passes until nothing more is to be done, and measure the result in a clean one.
 
     It ends: shared layers are turned `max_iter` times at most, a layer is examined, put back or taken for a block once,
-    and rounding is polished away twice at most.
+    rounding is polished away twice at most, and layers that run only now are taken up in `max_iter` looks at most.
     """
+    layers, n_looks = discovery.layers, 0
     for layer in layers:
         if layer.skipped is Skip.TOO_FEW:
             layer.skipped = None  # it may get more values than in the untouched network, as a detector's heads do
         _reinitialise(layer, options, dry_run)
     correction = Correction(dry_run, layers, options)
-    while correction.make_pass() or _look(correction, dry_run, layers, options):
-        pass
+    while correction.make_pass() or _look(correction, discovery, options, is_last=n_looks == options.max_iter):
+        n_looks += 1
 
 
-def _look(correction: Correction, dry_run: DryRun, layers: list[Layer], options: Options) -> bool:
+def _look(correction: Correction, discovery: Discovery, options: Options, is_last: bool) -> bool:
     """Measure what has been reached; return whether it takes another pass."""
-    measure(dry_run, [layer for layer in layers if layer.before], options, "after")
-    return correction.has_more_to_do([layer for layer in layers if _may_get_better(layer, options)])
-
-
-def _check(model: nn.Module, call: Call) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if is_lazy(tensor):
-            raise ValueError(f"{name!r} is lazy and not initialised yet: send a batch through the model first")
-    for x in tree_leaves(call):
-        if isinstance(x, Tensor) and x.is_floating_point() and not bool((x.isfinite() | _is_mask(x)).all()):
-            raise ValueError(f"the batch has NaN or infinity in an input of shape {tuple(x.shape)}")
-
-
-def _is_mask(x: Tensor) -> Tensor:
-    """Whether a tensor is nothing but zeros and minus infinities: added to attention scores, it switches some off."""
-    return ((x == 0) | (x == -torch.inf)).all() & (x == 0).any()
+    woken, asleep = discovery.look_again()
+    correction.leave(dict.fromkeys(asleep, Skip.NEVER_CALLED))
+    for layer in () if is_last else woken:
+        _reinitialise(layer, options, correction.dry_run)
+        correction.take_up(layer)
+    has_more = correction.has_more_to_do([layer for layer in discovery.layers if _may_get_better(layer, options)])
+    return has_more or (bool(woken) and not is_last)
 
 
 def _bound_branches(dry_run: DryRun, layers: list[Layer], options: Options) -> None:
@@ -188,7 +180,8 @@ def _row(layer: Layer, options: Options) -> Row:
     before, after = _numbers(layer.before, layer.target), _numbers(layer.after, layer.target)
     status = "skipped" if layer.skipped else _status(layer, options)
     kind = type(layer.module).__name__
-    return Row(layer.name, kind, layer.n_calls, *before, *after, layer.n_iter, status, layer.reason)
+    n_calls = 0 if layer.skipped is Skip.NEVER_CALLED else layer.n_calls
+    return Row(layer.name, kind, n_calls, *before, *after, layer.n_iter, status, layer.reason)
 
 
 def _status(layer: Layer, options: Options) -> str:

@@ -50,3 +50,16 @@ def open_modules(root: nn.Module) -> list[nn.Module]:
 def has_parameters(module: nn.Module) -> bool:
     """True if the module or a child of it has a parameter."""
     return next(module.parameters(), None) is not None
+
+
+def containers(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield lists and dictionaries beneath a module, which have no forward of their own."""
+    for child in module.children():
+        if not is_scripted(child) and type(child).forward is nn.Module.forward:
+            yield child
+            yield from containers(child)
+
+
+def within_reach(module: nn.Module) -> list[nn.Module]:
+    """Return the children of a module, and those in containers of it: what its own forward works with."""
+    return [plain(child) for m in (module, *containers(module)) for child in m.children()]

@@ -6,23 +6,34 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastai_lsuv.core.affine import AffineParameters
+from fastai_lsuv.core.copies import tensors_in
 
 T = TypeVar("T")
 Run = Callable[[Any], Any]  # from inputs to the module's output, from the same random state each time
 
 
 def first_tensor(output: Any) -> Tensor | None:
-    """Return the first floating-point tensor of an output, however nested, or None."""
-    if isinstance(output, Tensor):
+    """Return the first floating-point tensor of an output, however nested, or None; of a nested tensor its values."""
+    if isinstance(output, Tensor) and output.layout is torch.strided and not output.is_nested:
         return output if output.is_floating_point() else None
-    return next((o for o in tree_leaves(output) if isinstance(o, Tensor) and o.is_floating_point()), None)
+    everything = chain((o for o in tree_leaves(output) if isinstance(o, Tensor)), tensors_in(output))
+    return next((y for o in everything if (y := _dense(o)) is not None), None)
+
+
+def _dense(o: Tensor) -> Tensor | None:
+    if not o.is_floating_point():
+        return None
+    if o.is_nested:
+        return o.values() if o.layout is torch.jagged else torch.cat([part.reshape(-1) for part in o.unbind()])
+    return o if o.layout is torch.strided else None
 
 
 def find_affine_parameters(
@@ -31,11 +42,13 @@ def find_affine_parameters(
     inputs: Any,  # of a call
     mixing: bool = True,  # layers only
     contains_layers: bool = False,  # whether other layers run inside it
+    multiplied: Sequence[Tensor] = (),  # those that meet the input in a product
 ) -> AffineParameters | None:
     """Return the affine parameters among `parameters`, or None.
 
     A parameter carries scale if the output is linear in it and no longer depends on the input when it is zero; it
-    carries shift if it only moves the mean. Where several carry scale, the last one does (in y = BAx, B).
+    carries shift if it only moves the mean. Where several carry scale, the last one does (in y = BAx, B). Where none
+    does by itself, those that are multiplied with the input may together (in y = Ux + Vz).
 
     With `mixing`, a module counts only if an output is a sum over a parameter's elements. That parts layers from
     normalisations, LayerScale and embeddings, in which each output sees a single element.
@@ -46,7 +59,7 @@ def find_affine_parameters(
     probe = _Probe(run, parameters, inputs)
     if probe.has_another_way() or (contains_layers and probe.is_constant()):
         return None
-    return probe.find(mixing)
+    return probe.find(mixing) or probe.find_partners(multiplied)
 
 
 def small_noise(inputs: T, samples: int = 2) -> T:
@@ -101,9 +114,20 @@ class _Probe:
         """The last carrier of scale, with its shift."""
         for weight in reversed(self.parameters):
             with suppress(FloatingPointError):
-                if self._carries_scale(weight) and (found := self._with_shift(weight)):
+                if self._carry_scale([weight]) and (found := self._with_shift([weight])):
                     matrices = self._matrices(weight)
                     return replace(found, matrices=matrices or (weight,)) if matrices or not mixing else None
+        return None
+
+    def find_partners(self, multiplied: Sequence[Tensor]) -> AffineParameters | None:
+        """Several carriers of scale, with their shift: all of these, or all but one that is ahead of another."""
+        every = [p for p in self.parameters if any(p is other for other in multiplied)]
+        additive = [p for p in self.parameters if not self._gain(p)]  # and what adds up with them, but the bias
+        groups = [every, additive, *([p for p in every if p is not left] for left in every)]
+        for weights in groups:
+            with suppress(FloatingPointError):
+                if len(weights) > 1 and self._carry_scale(weights) and (found := self._with_shift(weights)):
+                    return replace(found, matrices=tuple(weights))
         return None
 
     def _matrices(self, weight: Tensor) -> tuple[Tensor, ...]:
@@ -133,25 +157,27 @@ class _Probe:
     def _vanishes(self, y: Tensor) -> bool:
         return self._same(y + self.output, self.output)
 
-    def _carries_scale(self, weight: Tensor) -> bool:
-        zero = torch.zeros_like(weight)
-        if self._depends_on_input({weight: zero}):
+    def _carry_scale(self, weights: Sequence[Tensor]) -> bool:
+        zero = {w: torch.zeros_like(w) for w in weights}
+        if self._depends_on_input(zero):
             return False
-        value = _nonzero(weight)
+        value = {w: _nonzero(w) for w in weights}
         factor = -0.7  # a sign and a fraction: neither a homogeneous nor a rounded function passes for linear
-        off, once, other = (self._with({weight: v}) for v in (zero, value, factor * value))
+        multiple = {w: factor * v for w, v in value.items()}
+        off, once, other = (self._with(v) for v in (zero, value, multiple))
         return not self._same(once, off) and self._same(other - off, factor * (once - off))
 
-    def _with_shift(self, weight: Tensor) -> AffineParameters | None:
-        """Affine parameters with this weight, if nothing but a shift is left when it is zero."""
-        zero = {weight: torch.zeros_like(weight)}
+    def _with_shift(self, weights: Sequence[Tensor]) -> AffineParameters | None:
+        """Affine parameters with these weights, if nothing but a shift is left when they are zero."""
+        weight, partners = weights[-1], tuple(weights[:-1])
+        zero = {w: torch.zeros_like(w) for w in weights}
         for bias in self.parameters:
-            if bias is not weight and (gain := self._gain(bias)):
+            if bias not in zero and (gain := self._gain(bias)):
                 bare = self._with(zero | {bias: torch.zeros_like(bias)})
                 if self._vanishes(bare):
-                    return self._with_channels(AffineParameters(weight, bias, gain))
+                    return self._with_channels(AffineParameters(weight, bias, gain, partners=partners))
         off = self._with(zero)
-        return self._with_channels(AffineParameters(weight)) if self._vanishes(off) else None
+        return self._with_channels(AffineParameters(weight, partners=partners)) if self._vanishes(off) else None
 
     def _gain(self, bias: Tensor) -> float:
         """By how much every output moves when 1 is added to `bias`; 0 if not all move alike."""
@@ -171,6 +197,8 @@ class _Probe:
 
     def _with_channels(self, found: AffineParameters) -> AffineParameters:
         """The same with the dimensions of weight and output that count the channels, where there are such."""
+        if found.partners:
+            return found
         weight, value = found.weight, _nonzero(found.weight)
         off = self._with({weight: torch.zeros_like(weight)})
         part = self._with({weight: value}) - off
@@ -216,34 +244,3 @@ def _set(values: Mapping[Tensor, Tensor]) -> Iterator[None]:
         finally:
             for p, value in kept.items():
                 p.copy_(value)
-
-
-def signature(module: nn.Module, call: Any) -> tuple[Any, ...] | None:
-    """Return what decides how a module uses its parameters: what holds of one with the same signature holds of it.
-
-    That is its types, its plain attributes and the shapes of its parameters and inputs. Of fractions it only matters
-    whether they are 0, 1, between, or beyond. None if it can't be told: buffers may be masks, hooks ahead of the
-    forward may make the weight.
-    """
-    if any(m._forward_pre_hooks or m._buffers for m in module.modules()):
-        return None
-    internal = vars(nn.Module()).keys()
-    attributes = [
-        (name, type(m), *((key, _kind(value)) for key, value in sorted(vars(m).items()) if key not in internal))
-        for name, m in module.named_modules()
-    ]
-    parameters = [(name, _kind(p)) for name, p in module.named_parameters()]
-    found = (tuple(attributes), tuple(parameters), tuple(_kind(o) for o in tree_leaves(call)))
-    try:
-        hash(found)
-    except TypeError:
-        return None
-    return found
-
-
-def _kind(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.dtype, tuple(value.shape)
-    if isinstance(value, (tuple, list)):
-        return tuple(_kind(o) for o in value)
-    return (value > 0, value >= 0, value > 1, value >= 1) if type(value) is float else value

@@ -1,7 +1,4 @@
-"""Guards: what has been decided about a Learner's model, and the signs that it was trained or loaded.
-
-A decision (it has had LSUV, or was refused it) belongs to a model, is made once, and is kept in the Learner.
-"""
+"""Guards: what has been decided about a Learner's model, and the signs that it was trained or loaded."""
 
 from __future__ import annotations
 
@@ -16,56 +13,104 @@ from fastai.learner import Recorder, SkipToEpoch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fastai_lsuv.report import LSUVReport
+from fastai_lsuv.learner.loads import was_loaded
+from fastai_lsuv.report import LSUVReport, Row, few
 
 if TYPE_CHECKING:
+    from fastai.callback.core import Callback
     from fastai.learner import Learner
 
-_REPORT, _DECIDED = "lsuv_report", "_lsuv_decided"  # attributes of the Learner
+_REPORT = "lsuv_report"  # attribute of the Learner
+_DECISION = "_decision"  # of the report and the callback
 
 
 @dataclass
 class Decision:
-    """What was decided about a model."""
+    """What was decided about a model: it has had LSUV, as its report keeps, or is refused it, as a callback keeps.
 
-    report: LSUVReport | None = None  # it has had LSUV
-    refused: str = ""  # or will not have it: the sign that it was trained
+    A copy, like one that was loaded, doesn't know the model: it is about the one of the Learner that it came with.
+    """
+
+    layers: WeakSet[nn.Module] | None  # of the model; None in a copy
+    refused: str = ""  # the sign that it was trained; empty: it has had LSUV
     told: bool = False  # the user knows of the refusal, or of layers that were frozen and are no longer
 
+    def is_about(self, model: nn.Module) -> bool:
+        """True if all layers of the model are those of the one that this was decided about."""
+        return self.layers is not None and _layers_of(model) <= self.layers
 
-class Layers(WeakSet[nn.Module]):
-    """The modules of a model that have weights of their own, held weakly; pickles and deep copies hold their copies."""
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"layers": None}
 
-    @classmethod
-    def of(cls, model: nn.Module) -> Layers:
-        """Return those of `model`. Norms and wrappers have none, so that they may come and go."""
-        return cls(m for m in model.modules() if any(is_lazy(p) or p.dim() > 1 for p in m.parameters(recurse=False)))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Layers, (list(self),)
+def _layers_of(model: nn.Module) -> WeakSet[nn.Module]:
+    """Return the modules with weights of their own. Norms and wrappers have none, so that they may come and go."""
+    return WeakSet(m for m in model.modules() if any(is_lazy(p) or p.dim() > 1 for p in m.parameters(recurse=False)))
 
 
 def decision_on(learn: Learner) -> Decision | None:
     """Return what has been decided about the model that the Learner has now."""
-    layers, decision = vars(learn).get(_DECIDED, (Layers(), None))
-    return decision if Layers.of(learn.model) <= layers else None
+    return next((decision for decision in _kept(learn) if decision.is_about(learn.model)), None)
 
 
-def keep(learn: Learner, decision: Decision, layers: Layers | None = None) -> None:
-    """Keep a decision about the Learner's model, or the one that has these layers; one on another model goes."""
-    vars(learn)[_DECIDED] = layers or Layers.of(learn.model), decision
-    vars(learn).pop(_REPORT, None)
-    if decision.report is not None:
-        vars(learn)[_REPORT] = decision.report
+def refusal(learn: Learner) -> str | None:
+    """Return the sign for which the Learner's model will not have LSUV: empty if it has had it, None if it is fresh."""
+    decision = decision_on(learn)
+    return next(_signs_of_training(learn), None) if decision is None else decision.refused
 
 
-def judge(learn: Learner) -> Decision | None:
-    """Return a refusal if the model shows that it was trained, None if it is fresh."""
-    sign = next(_signs_of_training(learn), None)
-    return Decision(refused=sign) if sign else None
+def keep(learn: Learner, report: LSUVReport) -> None:
+    """Keep the report of the LSUV that the Learner's model has had."""
+    report._decision = Decision(_layers_of(learn.model))
+    vars(learn)[_REPORT] = report
+
+
+def settle(learn: Learner, cb: Callback, sign: str) -> Decision:
+    """Have the callback keep what a `refusal` decides, which may be that of another process; return it."""
+    decision = vars(cb)[_DECISION] = decision_on(learn) or Decision(_layers_of(learn.model), sign)
+    if sign:
+        vars(learn).pop(_REPORT, None)  # one on another model
+    return decision
+
+
+def what_to_tell(learn: Learner, decision: Decision) -> str:
+    """Return, once, why LSUV doesn't run, or which layers were frozen when it ran and train from now on."""
+    if decision.told:
+        return ""
+    if decision.refused:
+        line = (
+            f"LSUV: not run: this network looks trained ({decision.refused}). Usually right, nothing to do. "
+            "To overwrite its weights anyway: learn.lsuv_init()"
+        )
+    else:
+        thawed = _thawed(learn.model, vars(learn).get(_REPORT, ()))
+        line = f"LSUV: unfrozen since it ran, and not corrected, are {len(thawed)} layers: {few(thawed)}"
+        line *= bool(thawed)
+    decision.told = bool(line)
+    return line
+
+
+def _thawed(model: nn.Module, report: Iterable[Row]) -> list[str]:
+    modules = dict(model.named_modules())
+    frozen = [row.name for row in report if row.reason == "frozen" and row.name in modules]
+    return [name for name in frozen if all(p.requires_grad for p in modules[name].parameters())]
+
+
+def _kept(learn: Learner) -> list[Decision]:
+    """Return what has been decided about this model of the Learner's and those before it."""
+    keepers: list[Any] = [cb for cb in learn.cbs if cb.learn is learn]
+    if (report := vars(learn).get(_REPORT)) is not None:
+        vars(report).setdefault(_DECISION, Decision(None))
+        keepers.insert(0, report)
+    kept = [decision for keeper in keepers if isinstance(decision := vars(keeper).get(_DECISION), Decision)]
+    for decision in kept:
+        decision.layers = _layers_of(learn.model) if decision.layers is None else decision.layers
+    return kept
 
 
 def _signs_of_training(learn: Learner) -> Iterator[str]:
+    if was_loaded(learn.model):
+        yield "weights were loaded into it"
     yield from _signs_of_norms(learn.model)
     yield from _signs_of_this_learner(learn)
     if any(_has_stepped(opt, learn.model) for opt in (learn.opt, getattr(learn.opt, "opt", None))):
@@ -92,12 +137,12 @@ def _differ(weight: torch.Tensor) -> bool:
 
 def _signs_of_this_learner(learn: Learner) -> Iterator[str]:
     """What fits leave behind whatever the optimizer: the Recorder's smoothed loss, and gradients that were zeroed."""
-    own, seen = Layers.of(learn.model), vars(learn).get(_DECIDED, (None,))[0]
-    if seen is not None and own & seen:
-        yield f"{len(own & seen)} of its {len(own)} layers have been in use before"
-    if _looked_for_a_learning_rate(learn, is_new=seen is not None):
+    own, kept = _layers_of(learn.model), _kept(learn)
+    if used := [layer for layer in own if any(layer in (decision.layers or ()) for decision in kept)]:
+        yield f"{len(used)} of its {len(own)} layers have been in use before"
+    if _looked_for_a_learning_rate(learn, is_new=bool(kept)):
         return
-    if "smooth_loss" in vars(learn) and seen is None:  # else it tells of the model before this one
+    if "smooth_loss" in vars(learn) and not kept:  # else it tells of the model before this one
         yield "this Learner has trained it"
     if _were_zeroed(p.grad for p in learn.model.parameters()):
         yield "an optimizer has zeroed its gradients"

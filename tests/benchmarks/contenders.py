@@ -15,7 +15,7 @@ from torch import nn
 
 from fastai_lsuv import lsuv_
 from fastai_lsuv.core.correction import Correction
-from fastai_lsuv.core.discovery import discover
+from fastai_lsuv.core.discovery import Discovery
 from fastai_lsuv.core.dry_run import DryRun
 from fastai_lsuv.core.options import Options
 
@@ -102,7 +102,7 @@ def forward_pass(model, x):
 def correcting_pass(model, x) -> Iterator:
     "The second of the three passes alone, ready to be run: measure and correct every layer, from its hook."
     dry_run = DryRun(model, ((x,), {}))
-    yield Correction(dry_run, discover(dry_run, Options()), Options()).make_pass
+    yield Correction(dry_run, Discovery(dry_run, Options()).layers, Options()).make_pass
 
 
 whole = lsuv_

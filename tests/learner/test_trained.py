@@ -1,7 +1,10 @@
 """DESIGN section 5: what a Learner has trained is never rewritten, and a decision belongs to the model it is about."""
 
 import copy
+import gc
 import pickle
+import weakref
+from collections import OrderedDict
 from contextlib import suppress
 from functools import partial
 
@@ -21,7 +24,8 @@ from fastai.vision.all import (
 from learners import Spy, body_and_head, digits, learner, ran, small_cnn
 from torch import nn
 
-from fastai_lsuv import LSUVCallback
+from fastai_lsuv import LSUVCallback, LSUVReport
+from fastai_lsuv.core.errors import CannotRun
 
 SHAPE = {"n": 64, "bs": 16}
 
@@ -250,8 +254,16 @@ def test_one_callback_object_for_several_learners(make):
         assert ran(learn) == (not loaded)
 
 
-@pytest.mark.parametrize("first", ["had LSUV", "was loaded", "was never fitted"])
-@pytest.mark.parametrize("door", ["Learner", "fit"])
+@pytest.mark.parametrize(
+    ("first", "door"),
+    [
+        ("had LSUV", "Learner"),
+        ("had LSUV", "fit"),
+        ("was loaded", "Learner"),  # from `fit`, the refusal goes with its callback: see below
+        ("was never fitted", "Learner"),
+        ("was never fitted", "fit"),
+    ],
+)
 @pytest.mark.parametrize("opt", ["Adam", "SGD"])
 def test_another_model_in_the_same_learner_is_judged_afresh(make, first, door, opt):
     learn = make(cbs=(cb := LSUVCallback()), opt_func=OPTIMIZERS[opt])
@@ -364,11 +376,120 @@ def test_copies_of_a_learner_watch_their_own_model(make, how):
     assert not ran(twin)
 
 
-def test_a_refusal_outlives_the_callback_that_saw_the_load(make):
-    learn = make(cbs=(cb := LSUVCallback()))
+def test_a_load_is_remembered_when_the_callback_that_saw_it_is_gone(make):
+    learn = make(cbs=LSUVCallback())
     load(learn)
-    learn.remove_cb(cb)
+    learn.remove_cb(LSUVCallback)
     assert not runs_in_the_next_fit(learn)
+    assert {type(m._load_state_dict_post_hooks) for m in learn.model.modules()} == {OrderedDict}
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_where_a_refusal_is_gone_with_its_callback_the_learner_s_own_signs_tell(make, capsys, swapped):
+    "Of another model as well: without the callback, nobody knows which of them was trained."
+    learn = make(cbs=LSUVCallback(), opt_func=SGD)
+    load(learn)
+    learn.fit(1)
+    learn.remove_cb(LSUVCallback)
+    if swapped:
+        learn.model = small_cnn()
+    capsys.readouterr()
+    assert not runs_in_the_next_fit(learn, reset_opt=True)
+    assert "(this Learner has trained it)" in lines(capsys)[0]
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_callback_takes_no_refusal_to_another_learner(make, copied):
+    "Neither as a verdict nor as a sign that the other Learner's fits were of some other model."
+    first = make(cbs=(cb := LSUVCallback()))
+    load(first)
+    first.fit(1)
+    first.remove_cb(cb)
+    cb = copy.deepcopy(cb) if copied else cb
+    trained = make(opt_func=SGD)
+    trained.fit(1)
+    assert not runs_in_the_next_fit(exported(trained), cbs=cb)
+    assert runs_in_the_next_fit(make(), cbs=cb)
+
+
+def test_a_refusal_is_told_once_in_both_halves_of_fine_tune(make, capsys):
+    learn = make(model=small_cnn(nn.BatchNorm2d))
+    learn.model.train()(learn.dls.one_batch()[0])
+    learn.fine_tune(1, cbs=LSUVCallback())
+    assert len(lines(capsys)) == 1
+
+
+def test_layers_unfrozen_since_are_told_once_whichever_callback_comes(make, capsys):
+    learn = make()
+    learn.freeze()
+    learn.fit(1, cbs=LSUVCallback())
+    learn.unfreeze()
+    capsys.readouterr()
+    for told in (1, 0):
+        learn.fit(1, cbs=LSUVCallback())
+        assert len(lines(capsys)) == told
+
+
+# --- what a Learner holds of it ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_learner_holds_nothing_of_ours_but_the_report(make, refused):
+    learn, other = make(model=small_cnn(), cbs=LSUVCallback()), make(model=small_cnn())
+    for each in (learn, other):
+        if refused:
+            load(each)
+        each.fit(1)
+    learn.remove_cb(LSUVCallback)
+    assert set(vars(learn)) ^ set(vars(other)) == (set() if refused else {"lsuv_report"})
+
+
+def test_the_report_keeps_no_model_and_pickles_as_if_no_learner_had_it(make):
+    learn = make(cbs=LSUVCallback())
+    learn.fit(1)
+    report, model = learn.lsuv_report, weakref.ref(learn.model)
+    plain = LSUVReport(report.rows, report.n_forward, report.seconds)
+    assert len(pickle.dumps(report)) == len(pickle.dumps(plain))
+    assert vars(copy.copy(report)) == vars(copy.deepcopy(report)) == vars(plain)
+    del learn
+    gc.collect()
+    assert model() is None
+
+
+@pytest.mark.parametrize("how", ["deep copy", "pickle", "export"])
+def test_copies_where_the_model_that_was_watched_is_gone(make, how):
+    learn = make(cbs=LSUVCallback())
+    learn.model = small_cnn()
+    gc.collect()
+    assert runs_in_the_next_fit(COPIES[how](learn), cbs=None)
+
+
+@pytest.mark.parametrize("between", ["nothing", "another model"])
+def test_a_deep_copy_s_report_is_about_the_copy_s_model(make, between):
+    learn = make(cbs=LSUVCallback(), opt_func=SGD)
+    learn.fit(1)
+    twin = copy.deepcopy(learn)
+    twin.fit(1)
+    if between == "another model":
+        twin.model = small_cnn()
+    report = twin.lsuv_report
+    twin.fit(1, reset_opt=True)
+    assert (twin.lsuv_report is report) == (between == "nothing")
+
+
+def test_a_run_that_was_declined_is_no_run(make, capsys, monkeypatch):
+    def declined(*args, **kwargs):
+        raise CannotRun("no luck")
+
+    learn = make(cbs=LSUVCallback(), opt_func=SGD)
+    with monkeypatch.context() as patch:
+        patch.setattr("fastai_lsuv.callback._initialise", declined)
+        learn.lr_find(num_it=8, show_plot=False)
+    assert lines(capsys) == ["LSUV: not run, because no luck"]
+    assert learn.lsuv.report is None
+    with pytest.raises(AttributeError, match="when the first fit begins"):
+        learn.lsuv_report  # noqa: B018
+    assert runs_in_the_next_fit(learn, cbs=None)
 
 
 # --- no report --------------------------------------------------------------------------------------------------------
