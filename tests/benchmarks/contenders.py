@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -25,21 +26,52 @@ def mlp(depth=100, width=512):
     return nn.Sequential(*layers[:-1])
 
 
-MODELS = {  # name: (builder, shape of the batch, shape of a small one, on which the others' passes are counted)
-    "ResNet-50": (tv.resnet50, (16, 3, 128, 128), (2, 3, 64, 64)),
-    "VGG-16-BN": (tv.vgg16_bn, (16, 3, 128, 128), (2, 3, 64, 64)),
-    "ViT-B/16": (partial(tv.vit_b_16, image_size=128), (16, 3, 128, 128), (1, 3, 128, 128)),
-    "ConvNeXt-T": (tv.convnext_tiny, (16, 3, 128, 128), (2, 3, 64, 64)),
-    "MobileNetV2": (tv.mobilenet_v2, (16, 3, 128, 128), (2, 3, 64, 64)),
-    "MLP, 100 layers": (mlp, (512, 512), (8, 512)),
+@dataclass(frozen=True)
+class Case:
+    "A model and its batch, on a device."
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    small: tuple[int, ...] = ()  # of the batch on which the others' passes are counted
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    memory_format: torch.memory_format = torch.preserve_format
+    goal: float = 3.5  # forward passes, for all of `lsuv_`
+
+    def build(self, small=False):
+        "A freshly initialised model and its batch."
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            model, x = self.make(), torch.randn(self.small if small else self.shape)
+        layout = dict(dtype=self.dtype, memory_format=self.memory_format)
+        return model.to(**layout), x.to(**layout)
+
+
+SMALL = 2, 3, 64, 64
+
+MODELS = {
+    "ResNet-50": Case(tv.resnet50, (16, 3, 128, 128), SMALL),
+    "VGG-16-BN": Case(tv.vgg16_bn, (16, 3, 128, 128), SMALL),
+    "ViT-B/16": Case(partial(tv.vit_b_16, image_size=128), (16, 3, 128, 128), (1, 3, 128, 128)),
+    "ConvNeXt-T": Case(tv.convnext_tiny, (16, 3, 128, 128), SMALL),
+    "MobileNetV2": Case(tv.mobilenet_v2, (16, 3, 128, 128), SMALL),
+    "MLP, 100 layers": Case(mlp, (512, 512), (8, 512)),
 }
 
+on_a_gpu = partial(Case, device="cuda")
+half = partial(on_a_gpu, tv.resnet50, (256, 3, 224, 224), memory_format=torch.channels_last, goal=5)
 
-def build(name, small=False):
-    "A freshly initialised model and its batch."
-    make, shape, few = MODELS[name]
-    torch.manual_seed(0)
-    return make(), torch.randn(few if small else shape)
+ON_A_GPU = {
+    "ResNet-50": on_a_gpu(tv.resnet50, (256, 3, 224, 224)),
+    "VGG-16-BN": on_a_gpu(tv.vgg16_bn, (128, 3, 224, 224)),
+    "ViT-B/16": on_a_gpu(tv.vit_b_16, (256, 3, 224, 224)),
+    "ConvNeXt-T": on_a_gpu(tv.convnext_tiny, (256, 3, 224, 224)),
+    "MobileNetV2": on_a_gpu(tv.mobilenet_v2, (256, 3, 224, 224)),
+    "MLP, 100 layers": on_a_gpu(mlp, (4096, 512), goal=8),
+    "ResNet-50, small batch": on_a_gpu(tv.resnet50, (16, 3, 224, 224), goal=8),
+    "ResNet-50, bf16, channels-last": half(dtype=torch.bfloat16),
+    "ResNet-50, fp16, channels-last": half(dtype=torch.float16),
+}
 
 
 # --- one forward pass -------------------------------------------------------------------------------------------------

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import time
 from statistics import median
 
 import torch
 from contenders import (
     Passes,
     as_lsuv_measures,
-    build,
     correcting_pass,
     course,
     forward_pass,
@@ -19,20 +17,15 @@ from contenders import (
     package,
     whole,
 )
-from torch.profiler import ProfilerActivity, profile
-
-
-def seconds(f, *args):
-    started = time.perf_counter()
-    f(*args)
-    return time.perf_counter() - started
+from measuring import peak_bytes, seconds
+from torch import nn
 
 
 class Turns:
     "Rounds of measurements of one model; in each, everything once, and a plain forward pass before and after."
 
-    def __init__(self, name):
-        self.model, self.x = build(name)
+    def __init__(self, case):
+        self.model, self.x = case.build()
         self.first = copy.deepcopy(self.model.state_dict())
         self.rows = []
 
@@ -72,7 +65,7 @@ class Turns:
         return median(row[of] for row in self.rows)
 
 
-def others(name):
+def others(case):
     """The same work by the package and by the course's loop, on a small batch.
 
     Their forward passes are counted, and the package's time beside them (its orthogonal initialisation above all) is
@@ -80,29 +73,35 @@ def others(name):
     """
     counts = {}
     for label, run in (("package", package), ("course", course)):
-        model, x = build(name, small=True)
+        model, x = case.build(small=True)
         with Passes(model) as counts[label]:
             run(model.eval(), x)
     return counts
 
 
-def peak_bytes(f, *args):
-    "The most that PyTorch's CPU allocator held at a time, beyond what was there, by its own account."
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        f(*args)
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for e in sorted(events, key=lambda e: e.start_ns()):
-        held += e.nbytes()
-        peak = max(peak, held)
-    return peak
+def memory(case):
+    "Bytes: peak of one forward pass, peak of LSUV, what the weights and buffers take, and the largest output."
+    model, x = case.build()
+    held = sum(t.nbytes for t in model.state_dict().values())
+    largest = largest_output(as_lsuv_measures(model), x)
+    one, ours = (
+        peak_bytes(case.device, run, mode(model), x)
+        for run, mode in ((forward_pass, as_lsuv_measures), (whole, nn.Module.train))
+    )
+    return one, ours, held, largest
 
 
-def memory(name):
-    "Peak of one forward pass, peak of LSUV, and what the model's weights and buffers take: bytes."
-    model, x = build(name)
-    size = sum(t.nbytes for t in model.state_dict().values())
-    return peak_bytes(forward_pass, as_lsuv_measures(model), x), peak_bytes(whole, model.train(), x), size
+def largest_output(model, x):
+    "Of all layers."
+    sizes = [0]
+    hooks = [
+        m.register_forward_hook(lambda m, args, out: sizes.append(out.nbytes if isinstance(out, torch.Tensor) else 0))
+        for m in model.modules()
+    ]
+    forward_pass(model, x)
+    for hook in hooks:
+        hook.remove()
+    return max(sizes)
 
 
 DEPTHS = 10, 50, 200, 1000

@@ -1,194 +1,164 @@
-"""Measures everything and writes it into the README and `nbs/lsuv_cost.png`: `python tests/benchmarks/report.py`.
+"""Measures what things cost and writes it into the README: `python tests/benchmarks/report.py`.
 
-About ten minutes on two cores. With `--dry` it prints, and writes nothing.
+Some ten minutes on an idle machine; also writes `nbs/lsuv_cost.png`. With `--device cuda` it measures on a GPU instead,
+in about seven minutes, and writes tables of its own. With `--dry` it prints, and writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import platform
 import re
 import sys
 import warnings
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its profiler has much to say where there is no GPU
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-
-import matplotlib  # noqa: E402
-import torch  # noqa: E402
-from contenders import MODELS  # noqa: E402
-from costs import DEPTHS, Turns, by_depth, memory, others  # noqa: E402
-from fastprogress.fastprogress import progress_bar  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from recording import CALLBACKS  # noqa: E402
-from recording import MODELS as TRAINED  # noqa: E402
-from recording import Turns as TrainingTurns  # noqa: E402
-
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+README, FIGURE = ROOT / "README.md", ROOT / "nbs" / "lsuv_cost.png"
 COMMAND = "python tests/benchmarks/report.py"
-FIGURE = ROOT / "nbs" / "lsuv_cost.png"
-HEAD = (
-    "model",
-    "one forward pass",
-    "correcting pass",
-    "`lsuv_`, all of it",
-    "memory beyond a forward pass (the weights take)",
-    "package `lsuv`",
-    "the course's loop",
-)
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its profiler has much to say where there is no GPU
+sys.path[:0] = [str(ROOT), str(HERE), str(HERE.parent)]
+warnings.simplefilter("ignore")
+
+import costs  # noqa: E402
+import matplotlib  # noqa: E402
+import recording  # noqa: E402
+import tables  # noqa: E402
+import torch  # noqa: E402
+from contenders import MODELS, ON_A_GPU  # noqa: E402
+from counts import of_a_step, of_lsuv, plain_cnn, plain_mlp  # noqa: E402
+from fastprogress.fastprogress import progress_bar  # noqa: E402
+from measuring import machine, version  # noqa: E402
+
+# --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def costs(name, budget):
+def cost(name, case, budget):
     "A row of the table, in forward passes."
-    turns = Turns(name)
+    turns = costs.Turns(case)
     for _ in range(turns.rounds_in(budget)):
         turns.round()
-    counts = others(name)
-    forward = turns.seconds("forward")
-
-    def cost(passes, beside):
-        return passes.n * turns.ratio("eval") + beside / forward
-
     row = dict(
         name=name,
-        shape=MODELS[name][1],
+        shape=case.shape,
+        goal=case.goal,
         rounds=len(turns.rows),
-        forward=forward,
+        forward=turns.seconds("forward"),
         correcting=turns.ratio("correcting"),
         whole=turns.ratio("whole"),
-        eval=turns.ratio("eval"),
-        package_passes=counts["package"].n,
-        course_passes=counts["course"].n,
-        package=cost(counts["package"], counts["package"].beside),
-        course=cost(counts["course"], 0.0),
     )
-    one, ours, size = memory(name)
-    return row | dict(memory=ours - one, size=size)
+    if case.small:
+        row |= cost_of_others(case, turns)
+    del turns  # the GPU's memory is for what comes
+    one, ours, weights, largest = costs.memory(case)
+    return row | dict(memory=ours - one, weights=weights, largest=largest)
 
 
-def cells(r):
-    def other(label):
-        return f"{r[label + '_passes']} passes, {r[label]:.0f}× ({r[label] / r['whole']:.0f} times as much)"
-
-    shape = " × ".join(map(str, r["shape"]))
-    return (
-        f"{r['name']}, {shape}",
-        f"{r['forward'] * 1000:.0f} ms",
-        f"{r['correcting']:.2f}×",
-        f"**{r['whole']:.2f}×**",
-        f"{r['memory'] / 1e6:.0f} MB ({r['size'] / 1e6:.0f} MB)",
-        other("package"),
-        other("course"),
+def cost_of_others(case, turns):
+    counts = costs.others(case)
+    passes = {f"{label}_passes": counted.n for label, counted in counts.items()}
+    of_a_pass, beside = turns.ratio("eval"), counts["package"].beside / turns.seconds("forward")
+    return passes | dict(
+        package=counts["package"].n * of_a_pass + beside,
+        course=counts["course"].n * of_a_pass,
     )
 
 
-def markdown(rows):
-    return "\n".join("| " + " | ".join(line) + " |" for line in (HEAD, ["---"] * len(HEAD), *map(cells, rows)))
-
-
-def machine():
-    try:
-        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
-        cpu = platform.processor() or platform.machine()
-    return f"one thread of an {cpu}, float32, PyTorch {torch.__version__.partition('+')[0]}"
-
-
-def figure(depths, times):
-    "Seconds over depth, both axes logarithmic: a line of slope 1 beside one of slope 2."
-    fig = Figure(figsize=(6, 4), layout="constrained")
-    ax = fig.subplots()
-    for key, label, marker in (
-        ("course", "the course's loop", "s"),
-        ("ours", "lsuv_", "o"),
-        ("forward", "one forward pass", "."),
-    ):
-        ax.plot(depths, [t[key] for t in times], marker=marker, label=label)
-    ax.set(
-        xscale="log",
-        yscale="log",
-        xlabel="layers",
-        ylabel="seconds",
-        title="Linear beside quadratic: the cost of depth",
-    )
-    ax.set_xticks(depths, [str(d) for d in depths], minor=False)
-    ax.minorticks_off()
-    ax.legend()
-    ax.grid(alpha=0.3)
-    return fig
-
-
-def depth_sentence(times):
-    first, last = times[0], times[-1]
-    ours, course = (last[of] / first[of] for of in ("ours", "course"))
-    return (
-        f"From {DEPTHS[0]} to {DEPTHS[-1]:,} linear layers (32 wide, 32 rows) `lsuv_` takes {ours:.0f} times as "
-        f"long, the loop {course:,.0f} times: {last['ours']:.1f} s against {last['course']:.0f} s in "
-        f"{last['course_passes']:,} passes."
-    )
-
-
-def steps(name, budget):
-    "A column of the recorder's table: time of a training step, of one without a callback."
-    turns = TrainingTurns(name)
+def steps(name, training, budget):
+    "A column of the recorder's table."
+    turns = recording.Turns(training)
     for _ in range(turns.rounds_in(3 * budget)):
         turns.round()
-    return dict(name=name, rounds=len(turns.rows), **{kind: turns.ratio(kind) for kind in CALLBACKS})
+    return dict(name=name, rounds=len(turns.rows), ratios={kind: turns.ratio(kind) for kind in training.kinds})
 
 
-def recorder_table(columns):
-    lines = [["recording", *(c["name"] for c in columns)], ["---"] * (1 + len(columns))]
-    lines += [[kind, *(f"{c[kind]:.3f}×" for c in columns)] for kind in CALLBACKS]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+# --- reports ----------------------------------------------------------------------------------------------------------
 
 
-def measured(results):
-    rounds = [r["rounds"] for r in results]
-    return f"\n\nMeasured on {machine()}, medians of {min(rounds)} to {max(rounds)} rounds, by `{COMMAND}`."
+def above(device, results):
+    command = COMMAND if device == "cpu" else f"{COMMAND} --device {device}"
+    return tables.measured(device, machine(device), [r["rounds"] for r in results], command) + "\n\n"
+
+
+def report_costs(device, budget):
+    rows = [cost(name, case, budget) for name, case in progress_bar((MODELS if device == "cpu" else ON_A_GPU).items())]
+    return above(device, rows) + tables.costs(device, rows)
+
+
+def report_depth(device, budget):
+    times = [costs.by_depth(depth) for depth in progress_bar(costs.DEPTHS)]
+    tables.figure(costs.DEPTHS, times).savefig(FIGURE, dpi=120)
+    return tables.by_depth(machine(device), costs.DEPTHS, times)
+
+
+def report_recording(device, budget):
+    trainings = recording.MODELS if device == "cpu" else recording.ON_A_GPU
+    columns = [steps(name, training, budget) for name, training in progress_bar(trainings.items())]
+    return above(device, columns) + tables.recording(device, columns)
+
+
+def report_counts(device, budget):
+    images, rows = (16, 3, 32, 32), (1024, 32)
+    lsuv = {
+        "plain CNN, 10 layers, 16 × 3 × 32 × 32": (plain_cnn(10), images),
+        "the same, 40 layers": (plain_cnn(40), images),
+        "40 layers, with batch norms": (plain_cnn(40, norm=True), images),
+        "MLP, 20 layers, 1024 × 32": (plain_mlp(20), rows),
+    }
+    counted = [(name, of_lsuv(model, torch.randn(shape))) for name, (model, shape) in progress_bar(lsuv.items())]
+    above = f"Counted on a CPU, by the code that a GPU runs (PyTorch {version()}; `{COMMAND} --only counts`):"
+    options = {"mean, std, share near zero": {}, "histograms": dict(with_hist=True), "gradients": dict(with_grad=True)}
+    recorded = [(name, *of_one_and_all(**options)) for name, options in progress_bar(options.items())]
+    return f"{above}\n\n{tables.counts_of_lsuv(counted)}\n\n{tables.counts_of_recording(recorded)}"
+
+
+def of_one_and_all(few=8, many=80, **options):
+    "Operations of a recorded step for each module, and for all together."
+    of_few, of_many = (of_a_step(lambda n=n: plain_mlp(n // 2), torch.randn(16, 32), **options) for n in (few, many))
+    of_one = (of_many - of_few) / (many - few)
+    return of_one, of_few - few * of_one
+
+
+REPORTS = {  # by the README's markers
+    "cpu": dict(counts=report_counts, costs=report_costs, depth=report_depth, recording=report_recording),
+    "cuda": dict(costs=report_costs, recording=report_recording),
+}
 
 
 def into_readme(block, text):
     "Put it between its markers."
-    path = ROOT / "README.md"
-    old = path.read_text(encoding="utf-8")
-    new, n = re.subn(
-        rf"(<!-- {block}: .*? -->\n).*?(\n<!-- end of {block} -->)", lambda m: m[1] + text + m[2], old, flags=re.S
-    )
+    old = README.read_text(encoding="utf-8")
+    markers = rf"(<!-- {block}: .*? -->\n).*?(<!-- end of {block} -->)"
+    new, n = re.subn(markers, lambda m: f"{m[1]}{text}\n{m[2]}", old, flags=re.S)
     if n != 1:
-        raise ValueError(f'{path}: expected one pair of markers "{block}", found {n}')
-    path.write_text(new, encoding="utf-8")
+        raise ValueError(f'{README}: expected one pair of markers "{block}", found {n}')
+    README.write_text(new, encoding="utf-8")
 
 
-def report_costs(bar, budget):
-    rows, times = [costs(name, budget) for name in bar(MODELS)], [by_depth(d) for d in bar(DEPTHS)]
-    figure(DEPTHS, times).savefig(FIGURE, dpi=120)
-    return f"{markdown(rows)}\n\n{depth_sentence(times)}{measured(rows)}"
-
-
-def report_recording(bar, budget):
-    columns = [steps(name, budget) for name in bar(TRAINED)]
-    return recorder_table(columns) + measured(columns)
-
-
-REPORTS = dict(costs=report_costs, recording=report_recording)  # by the README's markers
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=REPORTS, default="cpu", help="what to measure on")
+    parser.add_argument("--dry", action="store_true", help="print, and leave the README as it is")
+    parser.add_argument("--seconds", type=float, default=15, help="for the rounds of each model (three at least)")
+    parser.add_argument("--only", choices=REPORTS["cpu"], help="one of the reports")
+    args = parser.parse_args()
+    if args.only and args.only not in REPORTS[args.device]:
+        parser.error(f"--only {args.only}: not on a GPU")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: PyTorch finds no NVIDIA GPU")
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--dry", action="store_true", help="print, and leave the README as it is")
-    parser.add_argument("--seconds", type=float, default=15, help="for the rounds of each model (three at least)")
-    parser.add_argument("--only", choices=REPORTS, help="one of the reports")
-    args = parser.parse_args()
+    args = arguments()
     torch.set_num_threads(1)
     matplotlib.use("Agg")
-    warnings.simplefilter("ignore")
-    for block, report in REPORTS.items():
-        if args.only in (None, block):
-            print(text := report(progress_bar, args.seconds))
+    for name, report in REPORTS[args.device].items():
+        if args.only in (None, name):
+            print(text := report(args.device, args.seconds))
             if not args.dry:
-                into_readme(block, text)
+                into_readme(name if args.device == "cpu" else f"{name} {tables.KIND[args.device]}", text)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from counts import of_a_step
 from fastai.data.core import DataLoaders
 from fastai.vision.all import Callback
 from feeds import loaders
@@ -112,35 +113,6 @@ def test_that_guard_guards():
 
 
 # --- few operations ---------------------------------------------------------------------------------------------------
-
-
-class Counted(TorchDispatchMode):
-    "Counts operations."
-
-    n = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.n += 1
-        return func(*args, **(kwargs or {}))
-
-
-def operations(model, steps, x, *cbs):
-    "How many there are in a training."
-    data = [(x, torch.arange(len(x)) % 3)] * steps
-    dls = DataLoaders(*(torch.utils.data.DataLoader(data[:k], batch_size=None) for k in (steps, 1)))
-    learn = learner(dls, model, metrics=[], cbs=[*cbs])
-    with Counted() as counted:
-        learn.fit(1)
-    return counted.n
-
-
-def of_a_step(make, x, **options):
-    "Operations by which a recorded step is longer, once the buffers are there."
-    plain, recorded = (
-        [operations(make(), steps, x, *cbs()) for steps in (3, 13)]
-        for cbs in (list, lambda: [ActivationStatsRecorder(**options)])
-    )
-    return ((recorded[1] - recorded[0]) - (plain[1] - plain[0])) / 10
 
 
 def pyramid(depth):
