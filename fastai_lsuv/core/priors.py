@@ -26,14 +26,15 @@ from fastai_lsuv.core.statistics import on_host
 def find_priors(dry_run: DryRun) -> dict[nn.Module, float]:
     """Return the layers of known types whose bias was set on purpose, and the value."""
     layers = [m for m in dry_run.names if not is_scripted(m) and is_known_affine(m)]
-    biased = [(m, b.detach()) for m in layers if (b := m._parameters["bias"]) is not None and _has_value(b)]
-    values = on_host([torch.stack([bias.amin(), bias.amax()]).float() for _, bias in biased])
+    biased = [(m, b) for m in layers if (b := m._parameters["bias"]) is not None and _has_value(b)]
+    with torch.no_grad():
+        values = on_host([end for _, bias in biased for end in torch.aminmax(bias)])
     found = {}
-    for (m, bias), (low, high) in zip(biased, values, strict=True):
+    for (m, bias), (low,), (high,) in zip(biased, values[::2], values[1::2], strict=True):
         n_inputs = m.weight.numel() // bias.numel()  # type: ignore[operator]
         drawn = 1 / math.sqrt(max(n_inputs, 1)) if bias.numel() == 1 else 0.0  # the largest that PyTorch draws
-        if low == high and abs(float(low)) > 1.01 * drawn:
-            found[m] = float(low)
+        if low == high and abs(low) > 1.01 * drawn:
+            found[m] = low
     return found
 
 
