@@ -18,7 +18,7 @@ import fastai_lsuv
 DOZEN = {  # path: reasons that must be there
     "timm/mlp_mixer": {"constant output"},  # gMLP: a head of zeros, gates whose mean dwarfs their std
     "timm/sequencer": {"recurrent weights", "constant output"},
-    "torchvision/swin_v2_t": {"never called"},  # weights used functionally beside biases of which one is zeroed
+    "torchvision/swin_v2_t": set(),  # weights used functionally beside biases of which one is zeroed
     "timm/csatv2": {"constant output"},  # a constant positional input
     "timm/nfnet": {"constant output"},  # `ScaledStdConv2d`: its gain carries the scale
     "timm/vision_transformer_hybrid": {"weight has no effect on scale"},  # weight standardisation
