@@ -42,6 +42,7 @@ ORDER = [
     "core.shared",
     "core.correction",
     "plots.style",
+    "plots.names",
     "plots.layers",
     "plots.curves",
     "plots.maps",
@@ -117,7 +118,7 @@ def test_the_algorithm_imports_no_fastai(name):
 
 @pytest.mark.parametrize("name", IN_PLOTS)
 def test_figures_know_of_frames_only(name):
-    assert ours(name) <= {"plots.style"}
+    assert ours(name) <= {"plots.style", "plots.names"}
 
 
 def test_importing_says_nothing_and_leaves_the_plotting_backend_alone():

@@ -39,20 +39,20 @@ def correct_in_pass(
         def measure() -> Measured:
             return moments(_first(run(call))).on_host()
 
-        knobs = ScaleAndShift(block, dry_run, seen)
+        setting = ScaleAndShift(block, dry_run, seen)
         if block.owner is None and _is_idle(block, seen, measure):
             block.skip(Skip.NO_EFFECT)
-        knobs.reset(snapshot)
+        setting.reset(snapshot)
         if block.skipped:
             return None
         if _centres(block) and is_one_sided(y, seen):
             block.keep_mean(Note.ONE_SIGN)
-            knobs = ScaleAndShift(block, dry_run, seen)
-        right = correct_block(block, knobs, seen, measure, options, snapshot)
+            setting = ScaleAndShift(block, dry_run, seen)
+        right = correct_block(block, setting, seen, measure, options, snapshot)
         if not right and block.n_iter and _centres(block):
             y = _first(run(call))
             if is_one_sided(y, moments(y).on_host()):
-                knobs.reset(snapshot)
+                setting.reset(snapshot)
                 block.n_iter = 0
                 block.keep_mean(Note.ONE_SIGN)
                 correct_block(block, ScaleAndShift(block, dry_run, seen), seen, measure, options, snapshot)
@@ -71,37 +71,37 @@ def is_one_sided(y: Tensor, seen: Measured) -> bool:
 
 def correct_block(
     block: Layer,
-    knobs: ScaleAndShift,
+    setting: ScaleAndShift,
     seen: Measured,
-    run: Callable[[], Measured],  # what the block's output is like with the knobs as they are
+    run: Callable[[], Measured],  # what the block's output is like with scale and shift as they are
     options: Options,
     running: nn.Module | None = None,
 ) -> bool:
-    """Turn the knobs until the output is as wanted, or to where it is nearest; return whether it is right then."""
-    solver, best, centre = Broyden(), (math.inf, knobs.position), 0.0
+    """Move scale and shift until the output is as wanted, or to where it is nearest; return whether it is right."""
+    solver, best, centre = Broyden(), (math.inf, setting.position), 0.0
     for tries in range(options.max_iter):
         if block.target.error(seen) <= options.tol / 2:
             return True
-        target = solver.next(knobs.position, knobs.image(seen))
+        target = solver.next(setting.position, setting.image(seen))
         if tries == 0 and block.target.std is not None:
             target[1:] = 0
             centre = float(target[0])
         target[0] = target[0].clamp(centre - _LARGEST_FACTOR, centre + _LARGEST_FACTOR)
-        knobs.turn(target, running)
+        setting.move(target, running)
         before, seen = seen, run()
         effect = _effect(centre, before, seen) if tries == 0 else 1.0
         has_own_weight = block.owner is None and block.affine is not None
         if effect < _LEAST_EFFECT or (has_own_weight and effect > _MOST_EFFECT):
             if has_own_weight:
                 block.skip(Skip.NOT_AFFINE)
-            knobs.reset(running)
+            setting.reset(running)
             if abs(effect) < _NO_EFFECT and _is_idle(block, before, run):
                 block.skip(Skip.NO_EFFECT)
-            knobs.reset(running)
+            setting.reset(running)
             return False
         block.n_iter += 1
-        best = min(best, (block.target.error(seen), knobs.position), key=lambda pair: pair[0])
-    knobs.turn(best[1], running)
+        best = min(best, (block.target.error(seen), setting.position), key=lambda pair: pair[0])
+    setting.move(best[1], running)
     return best[0] <= options.tol
 
 

@@ -52,7 +52,7 @@ class Correction:
         self.examined |= suspects
         shared = {layer: _why_uncorrectable(seen) for layer, seen in self.shared.measured().items()}
         self.uncorrectable |= {layer: why for layer, why in shared.items() if why}
-        return self.shared.turn(but=set(self.uncorrectable)) or bool(suspects) or self._settle()
+        return self.shared.move(but=set(self.uncorrectable)) or bool(suspects) or self._settle()
 
     def _keep_state(self, module: nn.Module, call: Call) -> None:
         self.snapshots[module] = self.dry_run.snapshot(module), copied(call)
@@ -96,7 +96,7 @@ class Correction:
         return _with_first(output, y, scaled(layer, y, step))
 
     def _shared(self, layer: Layer, output: Any, y: Tensor) -> Any:
-        is_first_call = layer not in self.shared.knobs and layer not in self.shared.pooled
+        is_first_call = layer not in self.shared.settings and layer not in self.shared.pooled
         was_right = layer.before is not None and layer.target.error(layer.before) <= self.options.tol / 2
         if is_first_call and not layer.is_block and not was_right:
             output = self._exact(layer, output, y, self._moments(layer, y))  # a good start for the calls that follow
@@ -149,10 +149,12 @@ class Correction:
         A layer that the probe found may be linear for the probe's noise and not for this input. And where the mean
         dwarfs the std, the output was rounded before it was corrected, and what is behind has seen the rounding.
         """
-        self.shared.n_turns = 0
+        self.shared.n_moves = 0
         if self._take_back_nonlinear():
             return True
-        rounded = any(not (u.skipped or u.is_block or u.is_shared) and _is_scalable(u.after) for u in missed)
+        rounded = any(
+            not (layer.skipped or layer.is_block or layer.is_shared) and _is_scalable(layer.after) for layer in missed
+        )
         self.n_polished += rounded
         return rounded and self.n_polished <= _MOST_POLISHED
 

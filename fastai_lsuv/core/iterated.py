@@ -1,4 +1,4 @@
-"""Where no single step is exact: scale and shift of a layer as two knobs, and where to turn them next."""
+"""Where no single step is exact: scale and shift of a layer, and where to move them next."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ScaleAndShift:
             return log_scale
         return torch.cat([log_scale, (shift + ((target.mean or 0.0) / factor - mean) / scale) / self.unit_of_shift])
 
-    def turn(self, position: Tensor, running: nn.Module | None = None) -> None:
+    def move(self, position: Tensor, running: nn.Module | None = None) -> None:
         """Set scale and shift; of a block that is `running` now, its exposed bias there, too."""
         self.position = position
         scale, shift = self._scale_and_shift(position)

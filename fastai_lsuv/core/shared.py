@@ -21,11 +21,11 @@ class SharedLayers:
 
     def __init__(self, dry_run: DryRun, options: Options) -> None:
         self.dry_run, self.options = dry_run, options
-        self.knobs: dict[Layer, ScaleAndShift] = {}
-        self.turned: list[Layer] = []  # layers whose knobs are turned together
+        self.settings: dict[Layer, ScaleAndShift] = {}
+        self.moved: list[Layer] = []  # layers whose scales and shifts are moved together
         self.solver = Broyden()
-        self.best: tuple[float, list[Tensor]] = (math.inf, [])  # least error, and the knobs' positions then
-        self.n_turns = 0
+        self.best: tuple[float, list[Tensor]] = (math.inf, [])  # least error, and the positions then
+        self.n_moves = 0
         self.begin_pass()
 
     def begin_pass(self) -> None:
@@ -41,35 +41,35 @@ class SharedLayers:
 
     def drop(self, layer: Layer) -> None:
         """Leave a layer alone from now on."""
-        self.knobs.pop(layer, None)
+        self.settings.pop(layer, None)
 
     def measured(self) -> dict[Layer, Measured]:
         """Return the moments of each layer over all its calls."""
         return dict(zip(self.pooled, fetched([*self.pooled.values()]), strict=True))
 
-    def turn(self, but: set[Layer]) -> bool:
-        """Turn the knobs of all layers together, unless all are right; return whether they were turned."""
+    def move(self, but: set[Layer]) -> bool:
+        """Move scale and shift of all layers together, unless all are right; return whether they were moved."""
         shared = {layer: seen for layer, seen in self.measured().items() if layer not in but}
         self._set_up(shared)
         worst = max((layer.target.error(seen) for layer, seen in shared.items()), default=0.0)
-        if worst <= self.options.tol / 2 or self.n_turns == self.options.max_iter:
+        if worst <= self.options.tol / 2 or self.n_moves == self.options.max_iter:
             return False
-        self.n_turns += 1
-        here = [self.knobs[layer].position for layer in shared]
+        self.n_moves += 1
+        here = [self.settings[layer].position for layer in shared]
         self.best = min(self.best, (worst, here), key=lambda pair: pair[0])
-        image = [self.knobs[layer].image(seen) for layer, seen in shared.items()]
+        image = [self.settings[layer].image(seen) for layer, seen in shared.items()]
         target = self.solver.next(torch.cat(here), torch.cat(image)).split([len(p) for p in here])
-        is_last = self.n_turns == self.options.max_iter
+        is_last = self.n_moves == self.options.max_iter
         for layer, position in zip(shared, self.best[1] if is_last else target, strict=True):
-            self.knobs[layer].turn(position)
+            self.settings[layer].move(position)
             layer.n_iter += 1
         return True
 
     def _set_up(self, shared: dict[Layer, Measured]) -> None:
         for layer, seen in shared.items():
-            if layer not in self.knobs:
+            if layer not in self.settings:
                 if layer.can_shift and not layer.exposed_bias and self.one_sided.get(layer):
                     layer.keep_mean(Note.ONE_SIGN)
-                self.knobs[layer] = ScaleAndShift(layer, self.dry_run, seen)
-        if self.turned != list(shared):  # other unknowns than before
-            self.turned, self.solver, self.best = list(shared), Broyden(), (math.inf, [])
+                self.settings[layer] = ScaleAndShift(layer, self.dry_run, seen)
+        if self.moved != list(shared):  # other unknowns than before
+            self.moved, self.solver, self.best = list(shared), Broyden(), (math.inf, [])

@@ -13,7 +13,8 @@ from matplotlib.colors import BoundaryNorm, ListedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from fastai_lsuv.plots.style import PALE, Bools, finish, mark_epochs, new_figure, scale_mean, scale_std, shortened
+from fastai_lsuv.plots.names import BOTTOM, MAX_NAME, TOP, Style, is_beyond, name_ends
+from fastai_lsuv.plots.style import PALE, finish, mark_epochs, new_figure, scale_mean, scale_std, shortened
 
 __all__ = ["plot_layer", "plot_runs", "plot_stats"]
 
@@ -31,12 +32,8 @@ DASHES = ("-", "--", "-.")
 MAX_NAMED = 10  # layers that each have a colour and a name of their own; more are coloured by depth
 DEPTHS = ("viridis", 0.0, 0.8)  # even to the eye and to colour-blind eyes; its end is too pale for white paper
 MAX_TICKS = 12  # names beside the colour bar
-MAX_NAME = 32  # characters shown of each
 MAX_POINTS = 250  # of one curve; of more records, it shows the medians of stretches
-TOP, BOTTOM = 0.97, 0.03  # where a triangle stands for what lies beyond, as a share of the axis's height
-APART = 0.085  # smallest distance of two names at the end of the curves, as a share of the axis's height
 
-Style = tuple[str, str]  # a colour and a dash
 Tables = dict[str, pd.DataFrame]  # a row a step, a column a layer: "valid", "train", and its "lowest" and "highest"
 
 
@@ -87,7 +84,7 @@ def _stack(axes: Sequence[Axes], frame: pd.DataFrame, tables: dict[str, Tables],
     for ax, (quantity, table) in zip(axes, tables.items(), strict=True):
         _panel(ax, quantity, table, styles)
         mark_epochs(ax, frame, numbered=ax is axes[0])
-        _name_ends(ax, table["train"] if len(table["train"]) else table["valid"], styles)
+        name_ends(ax, table["train"] if len(table["train"]) else table["valid"], styles, MAX_NAMED)
     axes[-1].set_xlabel(_steps(frame))
 
 
@@ -199,60 +196,10 @@ def _band(ax: Axes, lowest: pd.Series[float], highest: pd.Series[float], color: 
 def _triangles(ax: Axes, lowest: pd.Series[float], highest: pd.Series[float], color: str) -> None:
     """At the edge, wherever a curve leaves the axis."""
     for values, height, triangle in ((highest, TOP, "^"), (lowest, BOTTOM, "v")):
-        beyond = _beyond(ax, values, height)
+        beyond = is_beyond(ax, values, height)
         x = np.asarray(values.index)[beyond & ~np.append(False, beyond[:-1])]
         heights = np.full(len(x), height)
         ax.plot(x, heights, triangle, color=color, markersize=6, transform=ax.get_xaxis_transform())
-
-
-def _beyond(ax: Axes, values: pd.Series[float], edge: float) -> Bools:
-    """Which values lie beyond the axis's `TOP` or `BOTTOM`."""
-    y = np.asarray(values, np.float64)
-    if edge == TOP:
-        return y == np.inf
-    return (y <= 0) if ax.get_yscale() == "log" else (y == -np.inf)
-
-
-def _name_ends(ax: Axes, curves: pd.DataFrame, styles: dict[str, Style]) -> None:
-    """Write the layers' names beside the ends of their curves: all, or the highest and the lowest of many."""
-    ax.set_ylim(ax.get_ylim())  # as it will be
-    ends = [(end, layer) for layer in styles if (end := _end(ax, curves[layer])) is not None]
-    ends.sort(key=lambda pair: pair[0])
-    if len(styles) > MAX_NAMED:
-        ends = [*ends[:1], *ends[1:][-1:]]
-    for (end, layer), height in zip(ends, _apart([end for end, _ in ends]), strict=True):
-        color, dash = styles[layer]
-        ax.plot((1.005, 1.03), (end, height), dash, color=color, linewidth=1.2, transform=ax.transAxes, clip_on=False)
-        ax.text(
-            1.035,
-            height,
-            shortened(layer or "(model)", MAX_NAME),
-            va="center",
-            fontsize="small",
-            transform=ax.transAxes,
-        )
-
-
-def _end(ax: Axes, curve: pd.Series[float]) -> float | None:
-    """Height of a curve's last point on the axes, from 0 to 1; `None` if it has no point."""
-    last = curve.dropna().iloc[-1:]
-    for edge in (TOP, BOTTOM):
-        if _beyond(ax, last, edge).any():
-            return edge
-    heights = (ax.transScale + ax.transLimits).transform([(1.0, y) for y in last])
-    return float(heights[0, 1]) if len(heights) else None
-
-
-def _apart(heights: Sequence[float]) -> list[float]:
-    """The ascending heights, moved so that names beside them don't overlap."""
-    placed = list(heights)
-    for i in range(1, len(placed)):
-        placed[i] = max(placed[i], placed[i - 1] + APART)
-    top = 1.0
-    for i in reversed(range(len(placed))):
-        placed[i] = top = min(placed[i], top)
-        top -= APART
-    return placed
 
 
 def _steps(frame: pd.DataFrame) -> str:

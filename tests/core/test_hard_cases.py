@@ -222,8 +222,8 @@ def test_one_bias_for_all_channels_cannot_go_by_channel():
     assert lsuv_(nn.Sequential(OneBias()), torch.randn(32, 8)).converged
 
 
-class Turned:
-    "Knobs that write down their positions."
+class Moved:
+    "A scale that writes down its positions."
 
     def __init__(self):
         self.position, self.past = torch.zeros(1, dtype=torch.float64), []
@@ -231,17 +231,17 @@ class Turned:
     def image(self, seen):
         return self.position - math.log(seen.std[0])
 
-    def turn(self, position, running):
+    def move(self, position, running):
         self.position = position
         self.past.append(position)
 
 
 def test_a_block_that_does_not_get_there_is_left_at_its_best_step():
-    stds, knobs = iter([0.8, 0.9, 0.6]), Turned()
+    stds, setting = iter([0.8, 0.9, 0.6]), Moved()
     run = lambda std=None: moments(torch.tensor([-1.0, 1.0]).double() / 2**0.5 * (std or next(stds))).on_host()
     block = Layer("block", nn.Identity(), None, target=Target(None, 1.0))
-    correct_block(block, knobs, run(0.5), run, Options(max_iter=3))
-    assert len(knobs.past) == 4 and knobs.position == knobs.past[1]
+    correct_block(block, setting, run(0.5), run, Options(max_iter=3))
+    assert len(setting.past) == 4 and setting.position == setting.past[1]
 
 
 def test_a_shared_block_of_one_sign_keeps_its_mean_and_says_so():
