@@ -108,7 +108,8 @@ class LSUVCallback(Callback):
         except CannotRun as error:  # training can do without LSUV
             reason = str(error).partition("\n")[0]
             return f"LSUV: not run, because {reason}"
-        return self.report.summary()
+        others = [cb for cb in learn._grab_cbs(LSUVCallback) if cb.options != self.options]
+        return self.report.summary() + "; another LSUVCallback has other options: these are not used" * bool(others)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but training data."""

@@ -338,3 +338,13 @@ def test_optim_wrapper_and_other_optimizers(make):
     learn.add_cb(spy := Spy())
     learn.fit(2)
     assert all(spy.states[0][n] != spy.states[1][n] for n in spy.states[0])
+
+
+@pytest.mark.parametrize(("options", "said"), [({"std": 0.5}, True), ({}, False)], ids=["other", "the same"])
+def test_two_callbacks_with_different_options_are_told_of(options, said, capsys):
+    learn = learner(digits(64, 16), small_cnn(), cbs=[LSUVCallback(), LSUVCallback(**options)])
+    learn.fit(1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "LSUV" in line]
+    assert len(lines) == 1
+    assert ("another LSUVCallback has other options" in lines[0]) == said
+    assert learn.lsuv_report.std == 1
