@@ -78,7 +78,7 @@ class Discovery:
                 now = moments(y, layer.channel_dim(y) if self.options.per_channel else None, layer.careful)
                 measured[module] = measured[module].merge(now) if module in measured else now
 
-        if by_module or also:
+        if by_module or also or when == "after":
             self.watch.run(also, dict.fromkeys(by_module, see))
         seen = dict(zip(measured, fetched([*measured.values()]), strict=True))
         for module, layer in by_module.items():
