@@ -366,6 +366,16 @@ def test_copies_of_a_learner_know_what_was_decided(make, capsys, how, refused):
 
 
 @pytest.mark.parametrize("how", COPIES)
+def test_copies_after_a_refused_fit_are_not_told_again(make, capsys, how):
+    learn = make(cbs=LSUVCallback())
+    load(learn)
+    learn.fit(1)
+    capsys.readouterr()
+    assert not runs_in_the_next_fit(COPIES[how](learn), cbs=None)
+    assert not lines(capsys)
+
+
+@pytest.mark.parametrize("how", COPIES)
 def test_copies_of_a_learner_watch_their_own_model(make, how):
     learn = make(cbs=LSUVCallback())
     twin = COPIES[how](learn)
