@@ -54,9 +54,10 @@ def lsuv_(
     measures a layer corrects it and hands on the corrected output. In place and silent, like `torch.nn.init`.
 
     Raises:
-        ValueError: an option out of its range, a pattern that matches nothing, a batch with NaN or infinity, lazy
-            modules that have not seen a batch yet.
-        TypeError: an option of a wrong type.
+        ValueError: an option out of its range, a pattern that matches nothing, a batch with infinity or with NaN that
+            the model doesn't fill, lazy modules that have not seen a batch yet.
+        TypeError: an option of a wrong type, or a batch that isn't tensors.
+        RuntimeError: the model can't be copied, or reaches its own layers in a way that no copy can follow.
         Exception: whatever a forward pass raises, with the module at work in its message. The model is then
             bit-for-bit what it was.
 

@@ -1,4 +1,4 @@
-"""DESIGN section 3 on networks people use: exact, all layers at once, in three passes, or named with a reason that is true."""
+"""DESIGN section 3 on networks people use: exact, all layers at once, in three passes, or truly named."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""All or nothing: bad input, a forward pass that raises or is interrupted. The model to the bit what it was, no hook left."""
+"""All or nothing: bad input, a forward pass that raises or is interrupted. The model is what it was, no hook left."""
 
 import inspect
 from collections import OrderedDict

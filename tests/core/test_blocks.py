@@ -1,4 +1,4 @@
-"""Where one exact step is impossible: shared and tied weights, blocks with a nonlinearity inside, the course's layers."""
+"""Where one exact step is impossible: shared and tied weights, blocks, the course's layers."""
 
 import copy
 
@@ -128,7 +128,7 @@ def test_a_tied_bias_alone_does_not_move_twice():
 
 
 def test_conv_and_relu_as_children_live_on():
-    "Driving the mean of a rectified output to 0 kills it (10 steps leave 9 % of its outputs active): only its std is set."
+    "Driving the mean of a rectified output to 0 kills it (10 steps leave 9 % active): only its std is set."
     x = images()
     net = ready(conv_relu(), x)
     report = lsuv_(net, x, modules=nn.Module.children)
@@ -166,7 +166,7 @@ def test_a_block_with_two_signs_gets_both(act, std):
 @pytest.mark.parametrize("act", [nn.GELU(), nn.SiLU(), nn.Mish()], ids=["gelu", "silu", "mish"])
 @pytest.mark.parametrize("gain", [0.1, 1.0, 10.0])
 def test_a_block_with_one_sign_at_the_wanted_std_only(act, gain):
-    "A small signal passes through GELU nearly straight, with both signs; at std 1 hardly anything is below 0, and a mean of 0 is out of reach."
+    "A small signal passes GELU nearly straight; at std 1 hardly anything is below 0, and mean 0 is out of reach."
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Sequential(nn.Conv2d(3, 16, 3), act), nn.Sequential(nn.Conv2d(16, 16, 3), act)), images()
     for block in net:

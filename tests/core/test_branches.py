@@ -1,4 +1,4 @@
-"""`residual=True`: the last layer of each residual branch is found from the data, and what they add to stays bounded."""
+"""`residual=True`: the last layer of each residual branch is found from the data; their sum stays bounded."""
 
 import re
 import warnings

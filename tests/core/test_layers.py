@@ -1,4 +1,4 @@
-"""What can be corrected: the known layers, and whatever the one rule of DESIGN section 4 finds, without a type being named."""
+"""What can be corrected: the known layers, and what the one rule of DESIGN section 4 finds."""
 
 import copy
 

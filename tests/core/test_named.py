@@ -59,7 +59,10 @@ ADDING_UP = {
         lambda m, x: torch.einsum("bi,io->bo", x, m.u) + torch.einsum("bi,oi->bo", x.flip(0), m.v), u=(8, 16), v=(16, 8)
     ),
     "bases and a root": Layer(
-        lambda m, x: x @ torch.einsum("b,bio->io", m.a, m.bases) + x.flip(0) @ m.root, a=(3,), bases=(3, 8, 16), root=(8, 16)
+        lambda m, x: x @ torch.einsum("b,bio->io", m.a, m.bases) + x.flip(0) @ m.root,
+        a=(3,),
+        bases=(3, 8, 16),
+        root=(8, 16),
     ),
 }  # fmt: skip
 

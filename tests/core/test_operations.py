@@ -1,4 +1,4 @@
-"""What LSUV costs on a device, counted on the CPU: operations and memory traffic beyond the forward's own, and waits."""
+"""What LSUV costs on a device, counted on the CPU: operations, memory traffic and waits beyond the forward's."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The known layer types are a shortcut past the probe: whatever the layer, both say the same. And what the zoo taught besides."""
+"""The known layer types are a shortcut past the probe: both say the same. And what the zoo taught."""
 
 import itertools
 
@@ -56,7 +56,7 @@ def assert_agree(layer, x, mixing=True):
 
 @pytest.mark.parametrize("kind,dims,shape,groups,bias", CASES, ids=lambda o: getattr(o, "__name__", str(o)))
 def test_convolutions(kind, dims, shape, groups, bias):
-    "But for one: depthwise and of size 1 a convolution is a gain, which its type alone parts from those of norm layers."
+    "But for one: depthwise and of size 1 a convolution is a gain, parted from those of norms by its type alone."
     layer, x = kind(4, 8, groups=groups, bias=bias, **shape), torch.randn(VOLUME[dims])
     mixing = not (groups == 4 and shape["kernel_size"] == 1)
     assert_agree(layer, x, mixing)

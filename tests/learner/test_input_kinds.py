@@ -1,4 +1,4 @@
-"""Inputs of every kind on their way through callbacks: other dtypes, shapes and numbers of inputs, dicts, mixed images."""
+"""Inputs of every kind on their way through callbacks: other dtypes, shapes, numbers of inputs, dicts, mixed images."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Callbacks that can't be asked what they do to the inputs: the raw batch, a warning that names them, and training goes on."""
+"""Callbacks that fail in the pilot fit: they are left out, a warning names them, and training goes on."""
 
 from functools import partial
 from itertools import count
