@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from statistics import median
@@ -68,7 +68,7 @@ class LSUVReport(Sequence[Row]):
         0    0        1.0
         1    2        1.0
         >>> print(report.summary())  # doctest: +ELLIPSIS
-        LSUV: 2 of 2 layers right, worst mean ...
+        LSUV: 2 corrected; worst mean ...
         >>> figure = report.plot()
     """
 
@@ -124,26 +124,41 @@ class LSUVReport(Sequence[Row]):
         return plot_report(self.to_frame(), mean=self.mean, std=self.std)
 
     def summary(self) -> str:  # one line
-        """How many layers, worst mean and std before → after, seconds, what was skipped and why."""
+        """How many layers, what was skipped and why, worst mean and std before → after, seconds."""
         if not self.rows:
             return f"LSUV: nothing to correct, {self.seconds:.2f} s"
+        left = self._left()
+        layers = ", ".join([*self._counts(), *left[:1]])
+        numbers = ", ".join([*self._numbers(), f"{self.seconds:.2f} s"])
+        return "LSUV: " + "; ".join([layers, *left[1:], numbers])
+
+    @property
+    def _only_measured(self) -> bool:
+        return self.mean is None and self.std is None
+
+    def _counts(self) -> list[str]:
+        """How many layers are as wanted, by what it took."""
+        done = [row.status for row in self.rows if row.status in ("corrected", "unchanged")]
+        if self._only_measured:
+            return [f"{len(done)} measured"] * bool(done)
+        return [f"{n} {status}" for status, n in Counter(done).items()]
+
+    def _numbers(self) -> list[str]:
+        """The worst mean and std, and those of branch ends."""
         done = [row for row in self.rows if row.status != "skipped"]
-        only_measured = self.mean is None and self.std is None
-        right = [row for row in done if row.status != "not_converged"]
-        parts = [f"LSUV: {len(right)} of {len(self.rows)} layers {'measured' if only_measured else 'right'}"]
-        if done:
-            for what, asked, wanted in (("mean", self.mean, self.mean or 0.0), ("std", self.std, self.std or 1.0)):
-                excused = _MEAN_KEPT if what == "mean" else {Note.ENDS_BRANCH.value}
-                judged = [row for row in done if not excused & row.notes]
-                if not judged or (asked is None and not only_measured):  # what was left alone isn't right or wrong
-                    continue
-                before, after = (_farthest(judged, f"{what}_{when}", wanted) for when in ("before", "after"))
-                parts.append(f"worst {what} {before}" if only_measured else f"worst {what} {before} → {after}")
+        numbers = []
+        for what, asked, wanted in (("mean", self.mean, self.mean or 0.0), ("std", self.std, self.std or 1.0)):
+            excused = _MEAN_KEPT if what == "mean" else {Note.ENDS_BRANCH.value}
+            judged = [row for row in done if not excused & row.notes]
+            if not judged or (asked is None and not self._only_measured):  # what was left alone isn't right or wrong
+                continue
+            before, after = (_farthest(judged, f"{what}_{when}", wanted) for when in ("before", "after"))
+            numbers.append(f"worst {what} {before}" if self._only_measured else f"worst {what} {before} → {after}")
         if at_end := [row for row in done if Note.ENDS_BRANCH.value in row.notes]:
             usual = median(row.std_after for row in at_end)
-            parts.append(f"{len(at_end)} that end a branch {_farthest(at_end, 'std_after', usual)}")
-        parts.append(f"{self.seconds:.2f} s")
-        return "; ".join([", ".join(parts), *self._left()])
+            ends = f"{len(at_end)} branch end{'s' * (len(at_end) > 1)}"
+            numbers.append(f"{ends} at {_farthest(at_end, 'std_after', usual)}")
+        return numbers
 
     def _left(self) -> list[str]:
         """What isn't as wanted, by reason."""
