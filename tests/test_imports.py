@@ -56,6 +56,7 @@ ORDER = [
     "learner.settings",
     "learner.pilot",
     "learner.first_batch",
+    "learner.progress",
     "callback",
     "recording.sampling",
     "recording.layout",
