@@ -289,7 +289,7 @@ def depth_runs(df):
 
 
 def tables():
-    "The README's three, as Markdown: plain networks, normalised ones, deep ones. Medians over the seeds; in brackets lowest and highest."
+    "The site's three (docs/when_it_helps.md), as Markdown: plain networks, normalised ones, deep ones. Medians over the seeds; in brackets lowest and highest."
     df = tidy(read())
     plain = best(df[df.part == "table"])["median"].unstack("net")
     found = best(df[df.part == "norms"])
