@@ -157,7 +157,7 @@ def test_tables_count_and_hide_nothing(verdicts, tmp_path):
     assert "1 of 2 architectures right" in tables.summary(
         verdicts
     ) and "of 7 layers 5 at their target" in tables.summary(verdicts)
-    assert "wrong: std \\| 2" in tables.markdown(verdicts) and "1 constant output" in tables.markdown(verdicts)
+    assert "| std \\| 2" in tables.markdown(verdicts) and "1 constant output" in tables.markdown(verdicts)
     page = tmp_path / "layers.md"
     page.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
     tables.put_into(page, "new")

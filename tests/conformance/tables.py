@@ -66,12 +66,11 @@ def markdown(verdicts) -> str:
             "passes",
             "parameters",
             "model",
+            "what is wrong",
         ],
         [
             [
-                v.outcome
-                if not v.faults
-                else f"{v.outcome}: {v.faults[0]}" + (f" and {len(v.faults) - 1} more" if len(v.faults) > 1 else ""),
+                v.outcome,
                 f"{v.family}: {v.name}",
                 v.layers,
                 v.right,
@@ -80,6 +79,7 @@ def markdown(verdicts) -> str:
                 v.passes,
                 f"{v.parameters / 1e6:.2f} M",
                 v.model,
+                v.faults[0] + f" and {len(v.faults) - 1} more" * (len(v.faults) > 1) if v.faults else "",
             ]
             for v in verdicts
         ],
