@@ -1,13 +1,14 @@
 """How the site is built: `python -m sphinx -W -c docs . build/site`, from the repository's root."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
 from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "docs")]  # this package, whatever is installed; and autodocments.py
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]  # this package, whatever is installed; and the extensions
 
 import fastai_lsuv  # noqa: E402
 
@@ -35,6 +36,7 @@ templates_path = ["_templates"]
 html_additional_pages = {"index": "start.html"}
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_extra_path = ["../llms.txt"]  # which leads to the pages as Markdown, beside those as HTML
 html_copy_source = False
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
@@ -47,4 +49,11 @@ def setup(app: Sphinx) -> None:
         if page.startswith("nbs/"):  # Jupyter's anchors are written with capitals, MyST's and GitHub's without
             source[0] = re.sub(r"\]\((\w+\.ipynb)?#[\w-]+\)", lambda link: link[0].lower(), source[0])
 
+    def copy_markdown(_: Sphinx, error: Exception | None) -> None:
+        for page in [] if error else app.env.found_docs:
+            source = app.env.doc2path(page)
+            if source.suffix in (".md", ".ipynb"):
+                shutil.copy(source, Path(app.outdir, page).with_suffix(source.suffix))
+
     app.connect("source-read", fit)
+    app.connect("build-finished", copy_markdown)

@@ -176,6 +176,18 @@ def test_search_has_excerpts_of_every_page_and_not_of_the_source(site):
     assert "_bound_branches" not in index
 
 
+def test_llms_txt_leads_to_pages_that_are_there(site):
+    "In its form (llmstxt.org): a title, a summary, and lists of links; on the site and in the repository."
+    text = (site / "llms.txt").read_text(encoding="utf-8")
+    title, blank, summary, *_ = text.splitlines()
+    assert title.startswith("# ")
+    assert not blank
+    assert summary.startswith("> ")
+    targets = re.findall(r"^- \[[^]]+\]\(([^)]+)\): ", text, re.M)
+    assert len(targets) > 10
+    assert [t for t in targets if not (site / t).exists() or not (ROOT / t).exists()] == []
+
+
 def test_the_source_is_there_to_read(site):
     text = (site / "fastai_lsuv" / "core" / "lsuv.html").read_text(encoding="utf-8")
     assert "linenos" in text
