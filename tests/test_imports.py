@@ -12,6 +12,7 @@ import fastai_lsuv
 PACKAGE = Path(fastai_lsuv.__file__).parent
 ORDER = [
     "core.errors",
+    "core.signal",
     "core.statistics",
     "core.random_state",
     "core.reasons",
@@ -41,6 +42,7 @@ ORDER = [
     "core.blocks",
     "core.shared",
     "core.correction",
+    "core.gradient",
     "plots.style",
     "plots.names",
     "plots.layers",

@@ -23,7 +23,7 @@ from fastai_lsuv.core.probe import first_tensor
 from fastai_lsuv.core.products import Products
 from fastai_lsuv.core.reasons import Note, Skip
 from fastai_lsuv.core.selection import chosen, is_pattern, names_in
-from fastai_lsuv.core.statistics import Moments, fetched, moments
+from fastai_lsuv.core.statistics import Moments, fetched, with_signal
 from fastai_lsuv.core.use import home_of, is_any_used_by_root, is_uncertain, own_of_root, why_not
 from fastai_lsuv.core.watch import LISTED_TYPES, Watch
 
@@ -75,7 +75,7 @@ class Discovery:
         def see(module: nn.Module, call: Any, output: Any) -> None:
             if (y := first_tensor(output)) is not None:
                 layer = by_module[module]
-                now = moments(y, layer.channel_dim(y) if self.options.per_channel else None, layer.careful)
+                now = with_signal(y, layer.channel_dim(y) if self.options.per_channel else None, layer.careful)
                 measured[module] = measured[module].merge(now) if module in measured else now
 
         if by_module or also or when == "after":

@@ -53,14 +53,23 @@ class DryRun:
 
     # passes
 
-    def forward(self, after: Mapping[nn.Module, After], before: Mapping[nn.Module, Before] | None = None) -> None:
-        """Run a fresh copy of the model; `before` and `after` are called with the modules of the model itself."""
+    def forward(
+        self,
+        after: Mapping[nn.Module, After],
+        before: Mapping[nn.Module, Before] | None = None,
+        part: Callable[[Call], Call] | None = None,
+        with_grad: bool = False,
+    ) -> None:
+        """Run a fresh copy of the model; `before` and `after` are called with the modules of the model itself.
+
+        On the whole batch, or a part of it, which doesn't count as a pass.
+        """
         self._random.restore()
         copy, before = self._fresh_copy(), before or {}
-        with as_in_training(self._with_grad):
+        with as_in_training(self._with_grad or with_grad):
             for module in {**before, **after}:
                 _Watched(self._copies[module], module, before.get(module), after.get(module))
-            args, kwargs = copied(self.call)
+            args, kwargs = copied(part(self.call) if part else self.call)
             guard = register_module_forward_pre_hook(self._refuse_original)
             try:
                 copy(*args, **kwargs)
@@ -73,7 +82,7 @@ class DryRun:
                 for module in {**before, **after}:  # a cycle would keep it alive until the next garbage collection
                     del vars(self._copies[module])["forward"]
                 self._copies = {}
-        self.n_forward += 1
+        self.n_forward += part is None
 
     def _refuse_original(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Pre-hook of all modules there are: one of the model itself is not to run."""

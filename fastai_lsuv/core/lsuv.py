@@ -19,6 +19,7 @@ from fastai_lsuv.core.correction import Correction
 from fastai_lsuv.core.discovery import Discovery
 from fastai_lsuv.core.dry_run import Call, DryRun
 from fastai_lsuv.core.errors import add_to_message
+from fastai_lsuv.core.gradient import elasticities
 from fastai_lsuv.core.layers import Layer
 from fastai_lsuv.core.options import Options
 from fastai_lsuv.core.random_state import kept_random_state
@@ -98,7 +99,8 @@ def run(model: nn.Module, call: Call, options: Options, as_it_stands: bool = Fal
             _correct(dry_run, discovery, options)
         if not layers:
             warnings.warn(f"{type(dry_run.model).__name__} has nothing to correct: no affine layer", stacklevel=3)
-        rows = [_row(layer, options) for layer in layers]
+        grads = elasticities(dry_run, [layer.module for layer in layers if layer.after])
+        rows = [_row(layer, options, grads.get(layer.module, math.nan)) for layer in layers]
         report = LSUVReport(rows, dry_run.n_forward, time.perf_counter() - started, options.mean, options.std)
     dry_run.hand_over()  # last, so that whatever is interrupted has changed nothing
     return report
@@ -187,12 +189,12 @@ def _reinitialise(layer: Layer, options: Options, dry_run: DryRun) -> None:
             layer.affine.bias.zero_()
 
 
-def _row(layer: Layer, options: Options) -> Row:
+def _row(layer: Layer, options: Options, grad: float) -> Row:
     before, after = _numbers(layer.before, layer.target), _numbers(layer.after, layer.target)
     status = "skipped" if layer.skipped else _status(layer, options)
     kind = type(layer.module).__name__
     n_calls = 0 if layer.skipped is Skip.NEVER_CALLED else layer.n_calls
-    return Row(layer.name, kind, n_calls, *before, *after, layer.n_iter, status, layer.reason)
+    return Row(layer.name, kind, n_calls, *before, *after, grad, layer.n_iter, status, layer.reason)
 
 
 def _status(layer: Layer, options: Options) -> str:
@@ -223,11 +225,11 @@ def _rounding(layer: Layer) -> float:
     return 4 * layer.eps * size if layer.eps > _EPS_OF_HALF or size > _LARGE else 0.0
 
 
-def _numbers(seen: Measured | None, target: Target) -> tuple[float, float]:
-    """Mean and std, of the channels those farthest from the wanted ones."""
+def _numbers(seen: Measured | None, target: Target) -> tuple[float, float, float]:
+    """Mean and std, of the channels those farthest from the wanted ones, and signal."""
     if seen is None:
-        return float("nan"), float("nan")
-    return _farthest(seen.mean, target.mean or 0.0), _farthest(seen.std, target.std or 1.0)
+        return math.nan, math.nan, math.nan
+    return _farthest(seen.mean, target.mean or 0.0), _farthest(seen.std, target.std or 1.0), seen.signal
 
 
 def _farthest(values: Sequence[float], wanted: float) -> float:
