@@ -84,8 +84,12 @@ class LSUVReport(Sequence[Row]):
         seconds: float,  # wall time of all
         mean: float | None = 0.0,  # wanted mean
         std: float | None = 1.0,  # wanted standard deviation
+        verdict: str = "healthy",  # whether the network can be trained, by signal and gradient
+        remedy: str = "",  # what to do about that
+        init: str = "",  # of `init="auto"`: what was taken, and why
     ) -> None:
         self.rows, self.n_forward, self.seconds, self.mean, self.std = tuple(rows), n_forward, seconds, mean, std
+        self.verdict, self.remedy, self.init = verdict, remedy, init
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_decision"}
@@ -146,7 +150,12 @@ class LSUVReport(Sequence[Row]):
             usual = median(row.std_after for row in at_end)
             parts.append(f"{len(at_end)} that end a branch {_farthest(at_end, 'std_after', usual)}")
         parts.append(f"{self.seconds:.2f} s")
-        return "; ".join([", ".join(parts), *self._left()])
+        init = [f'init="auto" took {self.init}'] if self.init else []
+        return "; ".join([", ".join(parts), *self._left(), *init, self._judged()])
+
+    def _judged(self) -> str:
+        """The verdict, and what to do."""
+        return f"{self.verdict} ({self.remedy})" if self.remedy else self.verdict
 
     def _left(self) -> list[str]:
         """What isn't as wanted, by reason."""

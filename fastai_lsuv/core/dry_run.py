@@ -25,6 +25,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword argument
 Before = Callable[[nn.Module, Call], None]
 After = Callable[[nn.Module, Call, Any], Any]  # (module, call, output); what isn't None replaces the output
 Run = Callable[[Call], Any]
+Kept = tuple[dict[Tensor, Tensor], dict[nn.Module, Any]]  # values of weights, and biases that blocks expose
 
 
 class DryRun:
@@ -176,6 +177,23 @@ class DryRun:
             weight.data.copy_(self._original[weight])  # also where they are equal: -0.0 and 0.0 are
         self._kept.difference_update(weights)
         return any(differs for (differs,) in differ)
+
+    def kept_state(self) -> Kept:
+        """Return a copy of what is kept so far."""
+        return {w: w.detach().clone() for w in self._kept}, {**self.biases}
+
+    def begin_again(self) -> None:
+        """Give up what is kept."""
+        self.put_back([*self._kept])
+        self.biases = {}
+
+    def restore(self, kept: Kept) -> None:
+        """Keep again what was kept once."""
+        self.begin_again()
+        values, self.biases = kept
+        for w, value in values.items():
+            w.data.copy_(value)
+        self.keep(values)
 
     def hand_over(self) -> None:
         """Give the model what was kept: the weights in one call, which nothing interrupts halfway."""

@@ -40,7 +40,7 @@ def elasticities(dry_run: DryRun, modules: Sequence[nn.Module]) -> dict[nn.Modul
         outputs.extend(t for t in [first_tensor(output)] if t is not None and t.requires_grad)
 
     try:
-        dry_run.forward({**dict.fromkeys(modules, see), dry_run.model: see_last}, part=_first_samples, with_grad=True)
+        dry_run.forward({**dict.fromkeys(modules, see), dry_run.model: see_last}, part=first_samples, with_grad=True)
         out = outputs[0]
         v = torch.randn_like(out)
         gradients = torch.autograd.grad(out, [edge for edge, _ in edges.values()], v, allow_unused=True)
@@ -59,8 +59,8 @@ def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x.detach(), dtype=torch.float32 if x.device.type == "mps" else torch.float64)
 
 
-def _first_samples(call: Call) -> Call:
-    """The first samples of a batch: of each tensor that counts as many as the first."""
+def first_samples(call: Call) -> Call:
+    """Return the first samples of a batch: of each tensor that has as many as the first."""
     batch = next(tensors_in(call), None)
     n = len(batch) if batch is not None and batch.dim() else 0
 

@@ -7,10 +7,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
 
 from fastai_lsuv.core.selection import Choice
 from fastai_lsuv.core.target import Target
+
+
+AUTO: Literal["auto"] = "auto"  # an `init`: chosen from what is measured
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Options:
     per_channel: bool = False
     modules: Choice = None
     exclude: Choice = None
-    init: Callable[..., Any] | None = None
+    init: Callable[..., Any] | Literal["auto"] | None = None
     tol: float = 1e-3
     max_iter: int = 10
     residual: bool = False
@@ -60,8 +63,8 @@ class Options:
         for name in ("per_channel", "residual"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: expected True or False")
-        if self.init is not None and not callable(self.init):
-            raise TypeError(f"init={self.init!r}: expected an in-place initialiser such as nn.init.orthogonal_")
+        if self.init not in (None, AUTO) and not callable(self.init):
+            raise TypeError(f"init={self.init!r}: expected an in-place initialiser such as nn.init.orthogonal_, or 'auto'")
 
     @property
     def target(self) -> Target:
