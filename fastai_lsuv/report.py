@@ -34,11 +34,11 @@ class Row:
     n_calls: int  # forward calls in one pass
     mean_before: float  # of the untouched network on the batch, over all calls; per channel: of the farthest channel
     std_before: float  # the same
-    signal_before: float  # share of the std that is due to the input, 0 to 1: at 0 all inputs look the same
     mean_after: float  # of a clean pass through the finished network
     std_after: float  # the same
-    signal_after: float  # the same
-    grad_after: float  # by how much more a change of the output shows at the network's, both relative to their size
+    signal_before: float  # share of the std that is due to the input, 0 to 1: at 0 all inputs look the same
+    signal_after: float  # the same of the finished network
+    grad_after: float  # elasticity: a change of the output by 1 % changes the network's by so many per cent
     n_iter: int  # corrections made
     status: str  # corrected, unchanged (was there already), skipped, not_converged
     reason: str  # why, in a fixed phrase (or several, with "; " between them), where there is something to say

@@ -21,7 +21,10 @@ from fastai_lsuv.core import lsuv, statistics
 
 WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}
 FETCHES = "tolist", "cpu"  # no operations on a CPU, but on a device they wait, too
-VIEWS = ("view", "as_strided", "detach", "alias", "expand", "permute", "transpose", "aten.t.", "squeeze", "select", "slice", "split")
+VIEWS = (
+    *("view", "as_strided", "detach", "alias", "expand", "permute", "transpose"),
+    *("aten.t.", "squeeze", "select", "slice", "split"),
+)
 
 # the code that an accelerator runs: there is a single place that tells whether values are at hand
 as_on_a_device = partial(patch.object, statistics, "at_hand", lambda x: False)

@@ -12,7 +12,6 @@ from typing import Any, Literal
 from fastai_lsuv.core.selection import Choice
 from fastai_lsuv.core.target import Target
 
-
 AUTO: Literal["auto"] = "auto"  # an `init`: chosen from what is measured
 
 

@@ -18,11 +18,13 @@ _LARGE = 1e4  # |mean| / std, or std, at which fp32 outputs are rounded to about
 
 def row_of(layer: Layer, options: Options) -> Row:
     """Return the report's row of a layer."""
-    before, after = _numbers(layer.before, layer.target), _numbers(layer.after, layer.target)
+    before, after = _moments(layer.before, layer.target), _moments(layer.after, layer.target)
+    signal = (seen.signal if seen else math.nan for seen in (layer.before, layer.after))
     status = "skipped" if layer.skipped else _status(layer, options)
     kind = type(layer.module).__name__
     n_calls = 0 if layer.skipped is Skip.NEVER_CALLED else layer.n_calls
-    return Row(layer.name, kind, n_calls, *before, *after, layer.grad, layer.n_iter, status, layer.reason)
+    measured = (*before, *after, *signal, layer.grad)
+    return Row(layer.name, kind, n_calls, *measured, layer.n_iter, status, layer.reason)
 
 
 def _status(layer: Layer, options: Options) -> str:
@@ -34,7 +36,7 @@ def _status(layer: Layer, options: Options) -> str:
 
 
 def may_get_better(layer: Layer, options: Options) -> bool:
-    """Return whether it isn't right, or only by the allowance for a mean that dwarfed the std, as it may do no longer."""
+    """Return whether it isn't right, or right only by the allowance for a mean that dwarfed the std."""
     return not _is_right(layer, options) or (layer.ratio > _LARGE and not _is_right(layer, options, exactly=True))
 
 
@@ -53,11 +55,11 @@ def _rounding(layer: Layer) -> float:
     return 4 * layer.eps * size if layer.eps > _EPS_OF_HALF or size > _LARGE else 0.0
 
 
-def _numbers(seen: Measured | None, target: Target) -> tuple[float, float, float]:
-    """Mean and std, of the channels those farthest from the wanted ones, and signal."""
+def _moments(seen: Measured | None, target: Target) -> tuple[float, float]:
+    """Mean and std, of the channels those farthest from the wanted ones."""
     if seen is None:
-        return math.nan, math.nan, math.nan
-    return _farthest(seen.mean, target.mean or 0.0), _farthest(seen.std, target.std or 1.0), seen.signal
+        return math.nan, math.nan
+    return _farthest(seen.mean, target.mean or 0.0), _farthest(seen.std, target.std or 1.0)
 
 
 def _farthest(values: Sequence[float], wanted: float) -> float:
