@@ -45,7 +45,7 @@ class LSUVCallback(Callback):
         >>> learn = Learner(digits_dls(), plain_cnn(), cbs=LSUVCallback())
         >>> with learn.no_bar(), learn.no_logging():
         ...     learn.fit(1)  # doctest: +ELLIPSIS
-        LSUV: 17 of 17 layers right, worst mean ...
+        LSUV: 17 corrected; worst mean ...
         >>> learn.lsuv_report["head"].status
         'corrected'
     """

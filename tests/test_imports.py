@@ -50,6 +50,7 @@ ORDER = [
     "plots.layers",
     "plots.curves",
     "plots.maps",
+    "summary",
     "report",
     "core.rows",
     "core.attempt",

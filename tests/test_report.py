@@ -274,3 +274,21 @@ def test_the_line_judges_what_was_asked_for(mean, std, told):
     "What was left alone has neither got better nor worse; a mere measurement tells both."
     line = lsuv_(mlp(10, 8, 3), rows(), mean=mean, std=std).summary()
     assert re.findall(r"worst (\w+)", line) == told, line
+
+
+class WithRNN(nn.Module):
+    "An LSTM between two linear layers."
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.rnn, self.head = nn.Linear(10, 8), nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.rnn(self.first(x)[:, None])[0])
+
+
+def test_the_summary_counts_what_was_done_and_names_what_was_not():
+    line = lsuv_(WithRNN(), rows()).summary()
+    assert line.startswith("LSUV: 2 corrected, 1 skipped (recurrent weights): rnn; worst mean "), line
+    line = lsuv_(mlp(10, 8, 3), rows()).summary()
+    assert line.startswith("LSUV: 2 corrected; worst mean "), line

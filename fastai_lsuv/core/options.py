@@ -62,8 +62,10 @@ class Options:
         for name in ("per_channel", "residual"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: expected True or False")
-        if self.init not in (None, AUTO) and not callable(self.init):
-            raise TypeError(f"init={self.init!r}: expected an in-place initialiser such as nn.init.orthogonal_, or 'auto'")
+        init: Any = self.init
+        if not (init is None or init == AUTO or callable(init)):
+            expected = "an in-place initialiser such as nn.init.orthogonal_, or 'auto'"
+            raise TypeError(f"init={init!r}: expected {expected}")
 
     @property
     def target(self) -> Target:
