@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, overload
 
 import pandas as pd
 
+from fastai_lsuv.core.signal import SIGNAL_LOST
 from fastai_lsuv.plots.layers import plot_report
-from fastai_lsuv.summary import number, summary_line
+from fastai_lsuv.summary import judged, number, summary_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -122,8 +123,8 @@ class LSUVReport(Sequence[Row]):
         return pd.DataFrame([asdict(row) for row in self.rows], columns=[f.name for f in fields(Row)])
 
     def plot(self) -> Figure:  # of matplotlib
-        """Draw the mean and standard deviation of every layer, before beside after."""
-        return plot_report(self.to_frame(), mean=self.mean, std=self.std)
+        """Draw std, mean and signal of every layer's output, before beside after, and how a gradient travels back."""
+        return plot_report(self.to_frame(), self.mean, self.std, judged(self), SIGNAL_LOST)
 
     def summary(self) -> str:  # one line
         """How many layers, what was skipped and why, worst mean and std before → after, seconds, and the verdict."""

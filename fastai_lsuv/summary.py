@@ -25,8 +25,12 @@ def summary_line(report: LSUVReport) -> str:
     layers = ", ".join([*_counts(report), *left[:1]])
     numbers = ", ".join([*_numbers(report), f"{report.seconds:.2f} s"])
     init = [f'init="auto" took {report.init}'] if report.init else []
-    verdict = f"{report.verdict} ({report.remedy})" if report.remedy else report.verdict
-    return "LSUV: " + "; ".join([layers, *left[1:], numbers, *init, verdict])
+    return "LSUV: " + "; ".join([layers, *left[1:], numbers, *init, judged(report)])
+
+
+def judged(report: LSUVReport) -> str:
+    """Return whether the network can be trained, and what to do about it."""
+    return f"{report.verdict} ({report.remedy})" if report.remedy else report.verdict
 
 
 def _only_measured(report: LSUVReport) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 SIGNAL_LOST = 0.1  # share of the std that is due to the input, below which a network stays at chance
 
 # Values are enough if there are so many, from so many places, in so many samples of the batch.
-_VALUES, _PLACES, _SAMPLES = 2**15, 2**9, 2**8
+_VALUES, _PLACES, _SAMPLES = 2**15, 2**10, 2**8
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,11 @@ class Signal:
 
 def signal(x: Tensor) -> Signal:
     """Look at the same places, evenly spread, of all outputs of the batch: a few operations, and no wait."""
-    sample = _some_places(x).to(torch.float32 if x.device.type == "mps" else torch.float64)
-    if len(sample) < 2 or not sample.numel():
-        unknown = sample.new_full((), math.nan)
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    if not x.dim() or len(x) < 2 or not x.numel():
+        unknown = torch.full((), math.nan, dtype=wide, device=x.device)
         return Signal(unknown, unknown)
+    sample = _some_places(x).to(wide)
     return Signal(sample.var(0).mean(), sample.var())
 
 
@@ -47,8 +48,6 @@ def signal_share(over_batch: float, of_all: float) -> float:
 
 def _some_places(x: Tensor) -> Tensor:
     """(samples, places): a view, but of a layout in which the values of a sample don't lie together a copy."""
-    if x.dim() < 2 or not x.numel():
-        return x.reshape(len(x) if x.dim() else 1, -1)
     if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
         x = x.contiguous()
     n, of_sample = len(x), x.stride(0)
