@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from fastai_lsuv import ActivationStatsRecorder, lsuv_
-from fastai_lsuv.core import lsuv, statistics
+from fastai_lsuv.core import attempt, statistics
 
 WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}
 FETCHES = "tolist", "cpu"  # no operations on a CPU, but on a device they wait, too
@@ -101,7 +101,7 @@ class Cost(NamedTuple):
 
 
 # measured by a pass of its own, of a few samples
-without_gradient = partial(patch.object, lsuv, "elasticities", lambda dry_run, modules: {})
+without_gradient = partial(patch.object, attempt, "elasticities", lambda dry_run, modules: {})
 
 
 def of_lsuv(model, x, **options):

@@ -19,8 +19,8 @@ SERIES = (("#D55E00", "o"), ("#0072B2", "s"))
 BANDS = (("skipped", "#E2E2E2", ""), ("not_converged", "#F5D6E6", "////"))
 HATCHING = "#C58AAA"
 
-LABELS = "std of the output", "mean of the output", "signal: share of the\nstd due to the input", "gradient\n(elasticity)"
-MAX_LABELS = 40  # layer names below one axis
+LABELS = "std of the output", "mean of the output", "signal\n(share due to input)", "gradient\n(elasticity)"
+MAX_LABELS = "std of the output", "mean of the output", "signal\n(share due to input)", "gradient\n(elasticity)"
 
 
 def plot_report(
