@@ -20,7 +20,7 @@ BANDS = (("skipped", "#E2E2E2", ""), ("not_converged", "#F5D6E6", "////"))
 HATCHING = "#C58AAA"
 
 LABELS = "std of the output", "mean of the output", "signal\n(share due to input)", "gradient\n(elasticity)"
-MAX_LABELS = "std of the output", "mean of the output", "signal\n(share due to input)", "gradient\n(elasticity)"
+MAX_LABELS = 40  # layer names below one axis
 
 
 def plot_report(
