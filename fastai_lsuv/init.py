@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from fastai_lsuv.core.errors import shown
+
 __all__ = ["critical_std", "delta_orthogonal_", "looks_linear_"]
 
 
@@ -110,6 +112,7 @@ def critical_std(
 
     Raises:
         ValueError: depth below 1, or an activation without an odd part (|z|, z²), which mirrored weights cancel.
+        TypeError: the name or the class of an activation in place of a function of tensors.
 
     Example:
         >>> from torch import nn
@@ -117,6 +120,9 @@ def critical_std(
         >>> critical_std(nn.ReLU(), depth=100), round(critical_std(nn.Tanh(), depth=100), 2)
         (1.0, 0.33)
     """
+    given: Any = act
+    if isinstance(given, type) or not callable(given):
+        raise TypeError(f"act={shown(given)}: expected a function of tensors, such as torch.tanh or nn.Tanh()")
     if depth < 1:
         raise ValueError(f"depth={depth!r}: expected a whole number of at least 1")
     return largest_std([(act, depth)])
@@ -150,7 +156,7 @@ def _log_growth(act: Callable[[Tensor], Tensor], values: Tensor, s: float, densi
         (slope,) = torch.autograd.grad(psi.sum(), x)
     ratio = s**2 * (slope.square() * density).sum() / (psi.detach().square() * density).sum()
     if not 0 < ratio < math.inf:
-        raise ValueError(f"act={act!r}: expected an activation with an odd part, φ(z) - φ(-z) not zero")
+        raise ValueError(f"act={shown(act)}: expected an activation with an odd part, φ(z) - φ(-z) not zero")
     return math.log(ratio)
 
 

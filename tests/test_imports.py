@@ -64,6 +64,7 @@ ORDER = [
     "learner.settings",
     "learner.pilot",
     "learner.first_batch",
+    "learner.progress",
     "callback",
     "recording.sampling",
     "recording.layout",

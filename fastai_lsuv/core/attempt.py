@@ -84,7 +84,7 @@ def _bound_branches(layers: list[Layer], ends: list[nn.Module]) -> None:
     at_end = [layer for layer in layers if layer.module in ends]
     if not at_end:
         why = "no residual branch ends in a layer that is corrected and whose scale comes to the sum"
-        warnings.warn(f"residual=True changes nothing: {why}", stacklevel=5)
+        warnings.warn(f"residual=True changes nothing: {why}", stacklevel=6)
     for layer in at_end:
         layer.target = layer.target.for_branch(len(ends))
         layer.note(Note.ENDS_BRANCH)

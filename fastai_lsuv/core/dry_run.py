@@ -26,6 +26,7 @@ Before = Callable[[nn.Module, Call], None]
 After = Callable[[nn.Module, Call, Any], Any]  # (module, call, output); what isn't None replaces the output
 Run = Callable[[Call], Any]
 Kept = tuple[dict[Tensor, Tensor], dict[nn.Module, Any]]  # values of weights, and biases that blocks expose
+OnLayer = Callable[[], None]  # a module that a pass looks at has run
 
 
 class DryRun:
@@ -35,9 +36,12 @@ class DryRun:
     `hand_over` gives them to the model. They are tensors of our own, here called the *working* weights.
     """
 
-    def __init__(self, model: nn.Module, call: Call, as_it_stands: bool = False, with_grad: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, call: Call, as_it_stands: bool = False, with_grad: bool = False,
+        on_layer: OnLayer | None = None,
+    ) -> None:  # fmt: skip
         """`as_it_stands`: its modules are in the modes in which training calls them."""
-        self._with_grad = with_grad
+        self._with_grad, self._on_layer = with_grad, on_layer
         self.model, self.call = plain(model), call
         frozen = [m for m in self.model.modules() if not m.training] if as_it_stands and model.training else []
         self.names = {module: name for name, module in named_modules(self.model)}
@@ -69,7 +73,7 @@ class DryRun:
         copy, before = self._fresh_copy(), before or {}
         with as_in_training(self._with_grad or with_grad):
             for module in {**before, **after}:
-                _Watched(self._copies[module], module, before.get(module), after.get(module))
+                _Watched(self._copies[module], module, before.get(module), after.get(module), self._on_layer)
             args, kwargs = copied(part(self.call) if part else self.call)
             guard = register_module_forward_pre_hook(self._refuse_original)
             try:
@@ -229,9 +233,11 @@ class _Given:
 class _Watched:
     """What a watched copy has for its forward: it reports each call, also one of `module.forward(…)` itself."""
 
-    def __init__(self, copy: nn.Module, module: nn.Module, before: Before | None, after: After | None) -> None:
+    def __init__(
+        self, copy: nn.Module, module: nn.Module, before: Before | None, after: After | None, on_layer: OnLayer | None
+    ) -> None:
         self.forward: Any = copy.forward
-        self.module, self.before, self.after, self.given = module, before, after, _Given()
+        self.module, self.before, self.after, self.on_layer, self.given = module, before, after, on_layer, _Given()
         update_wrapper(self, copy.forward)
         vars(copy)["forward"] = self
         if before is not None:
@@ -246,6 +252,8 @@ class _Watched:
             return output
         with torch.no_grad():
             instead = self.after(self.module, (args, kwargs), output)
+        if self.on_layer is not None:
+            self.on_layer()
         return output if instead is None else instead
 
     def __deepcopy__(self, memo: Memo) -> Any:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
-import numpy as np
 from torch import nn
-from torch.utils.data import DataLoader
 
 from fastai_lsuv.core.attempt import attempt
 from fastai_lsuv.core.automatic import Chosen, choose
-from fastai_lsuv.core.checks import check_inputs, check_model, check_outputs
+from fastai_lsuv.core.checks import as_call, check_inputs, check_model, check_outputs, hint_for
 from fastai_lsuv.core.discovery import Discovery
-from fastai_lsuv.core.dry_run import Call, DryRun
+from fastai_lsuv.core.dry_run import Call, DryRun, OnLayer
 from fastai_lsuv.core.errors import add_to_message
-from fastai_lsuv.core.options import AUTO, Options
+from fastai_lsuv.core.options import AUTO, Options, with_options
 from fastai_lsuv.core.random_state import kept_random_state
 from fastai_lsuv.core.rows import row_of
 from fastai_lsuv.core.selection import Choice
@@ -25,6 +23,7 @@ from fastai_lsuv.core.verdict import remedy
 from fastai_lsuv.report import LSUVReport
 
 
+@with_options
 def lsuv_(
     model: nn.Module,  # changed in place: weights and biases, nothing else
     batch: Any,  # a tensor → `model(x)`, a tuple or list → `model(*xs)`, a mapping → `model(**kw)`
@@ -55,7 +54,8 @@ def lsuv_(
         ValueError: an option out of its range, a pattern that matches nothing, a batch with infinity or with NaN that
             the model doesn't fill, lazy modules that have not seen a batch yet.
         TypeError: an option of a wrong type, or a batch that isn't tensors.
-        RuntimeError: the model can't be copied, or reaches its own layers in a way that no copy can follow.
+        RuntimeError: the batch is empty, or the model can't be copied, or reaches its own layers in a way that no copy
+            can follow.
         Exception: whatever a forward pass raises, with the module at work in its message. The model is then
             bit-for-bit what it was.
 
@@ -72,25 +72,30 @@ def lsuv_(
     call = as_call(batch)
     try:
         return run(model, call, options)
-    except TypeError as error:
-        if call[0] and batch is not call[0][0] and "positional argument" in str(error):
-            add_to_message(error, "a tuple or list of inputs is unpacked, model(*inputs): give it without the targets")
+    except Exception as error:
+        if hint := hint_for(batch, error):
+            add_to_message(error, hint)
         raise
 
 
-def run(model: nn.Module, call: Call, options: Options, as_it_stands: bool = False) -> LSUVReport:
-    """`lsuv_` on the arguments of a forward; of a model that is `as_it_stands` when training calls it."""
+def run(
+    model: nn.Module, call: Call, options: Options, as_it_stands: bool = False, on_layer: OnLayer | None = None
+) -> LSUVReport:
+    """`lsuv_` on the arguments of a forward; of a model that is `as_it_stands` when training calls it.
+
+    `on_layer` is called each time a module with parameters has run, in each pass.
+    """
     started = time.perf_counter()
     check_model(model)
     check_inputs(call)
     with kept_random_state():
-        discovery = _discover(model, call, options, as_it_stands)
+        discovery = _discover(model, call, options, as_it_stands, on_layer)
         dry_run = discovery.dry_run
         check_outputs([layer.before for layer in discovery.layers if layer.before], call)
         chosen = choose(discovery, options) if options.init == AUTO else Chosen(attempt(discovery, options))
         done = chosen.taken
         if not done.layers:
-            warnings.warn(f"{type(dry_run.model).__name__} has nothing to correct: no affine layer", stacklevel=3)
+            warnings.warn(f"{type(dry_run.model).__name__} has nothing to correct: no affine layer", stacklevel=4)
         report = LSUVReport(
             [row_of(layer, done.options) for layer in done.layers],
             dry_run.n_forward,
@@ -105,25 +110,15 @@ def run(model: nn.Module, call: Call, options: Options, as_it_stands: bool = Fal
     return report
 
 
-def _discover(model: nn.Module, call: Call, options: Options, as_it_stands: bool) -> Discovery:
+def _discover(
+    model: nn.Module, call: Call, options: Options, as_it_stands: bool, on_layer: OnLayer | None
+) -> Discovery:
     """Look at the layers: without gradients, unless the forward itself asks for some (forces, penalties)."""
     try:
-        return Discovery(DryRun(model, call, as_it_stands), options)
+        return Discovery(DryRun(model, call, as_it_stands, on_layer=on_layer), options)
     except RuntimeError as error:
         if "grad" not in str(error):
             raise
-    return Discovery(DryRun(model, call, as_it_stands, with_grad=True), options)
-
-
-def as_call(batch: Any) -> Call:
-    """Return a forward's arguments for a batch: a tensor, a tuple or list of inputs, or a mapping of keyword inputs."""
-    if isinstance(batch, nn.Module):
-        raise TypeError(f"batch is a {type(batch).__name__}: expected lsuv_(model, batch), in this order")
-    if isinstance(batch, np.ndarray) or hasattr(batch, "one_batch") or isinstance(batch, DataLoader):
-        how = "torch.as_tensor(batch)" if isinstance(batch, np.ndarray) else "the inputs of one batch of it"
-        raise TypeError(f"batch is a {type(batch).__name__}: expected tensors, such as {how}")
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
+    return Discovery(DryRun(model, call, as_it_stands, with_grad=True, on_layer=on_layer), options)
 
 
