@@ -21,6 +21,9 @@ _ROW = 1024
 # Up to this many values float64 throughout is the fastest: the number of calls decides, not the memory.
 _SMALL = 2**15
 
+# Part of a layer's std that the input makes: below it all inputs look the same to what follows, and nothing trains.
+SIGNAL_LOST = 0.1
+
 # One-pass moments lose about eps * (1 + mean²/var) of the variance; beyond this ratio the centred second pass is due.
 _MAX_RATIO = 100.0
 # Outside this range the squares of float32 values overflow or underflow; float64 holds them.
