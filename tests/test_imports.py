@@ -71,6 +71,7 @@ ORDER = [
     "recording.reading",
     "recording.logs",
     "recorder",
+    "data",
     "demo",
 ]
 FILES = {
