@@ -13,7 +13,8 @@ from sphinx.application import Sphinx
 def meanings(obj: Any) -> dict[str, str]:
     """The comments behind the parameters of a function or class, delegated ones included, and `return`."""
     known = inspect.signature(obj).parameters
-    delegated = meanings(obj.__delwrap__) if hasattr(obj, "__delwrap__") else {}
+    target = getattr(obj.__init__ if inspect.isclass(obj) else obj, "__delwrap__", None)
+    delegated = meanings(target) if target else {}
     own = {name: " ".join(text.split()) for name, text in docments(obj, returns=True).items() if text}
     return {name: text for name, text in delegated.items() if name in known} | {
         name: text for name, text in own.items() if name in known or name == "return"

@@ -18,7 +18,7 @@ from fastai_lsuv.learner.loop import at_end_of_next_stage, came_through_fit, pha
 from fastai_lsuv.recording.budget import Budget, Clock, DeviceClock
 from fastai_lsuv.recording.capture import Capture, columns
 from fastai_lsuv.recording.history import History, Layer, Record
-from fastai_lsuv.recording.layers import is_known, recorded_layers
+from fastai_lsuv.recording.layers import has_matrix, is_known, recorded_layers
 from fastai_lsuv.recording.logs import CSVLog, logs_to_wandb, to_tensorboard, to_wandb
 from fastai_lsuv.recording.reading import Reading
 from fastai_lsuv.recording.session import Session, Where
@@ -109,8 +109,8 @@ class ActivationStatsRecorder(Reading, Callback):
         model = plain(learn.model)
         if self._model is not None and self._model() is not model:
             self._history.start_over()
-        places = self._history.add_layers({n: Layer(type(m).__name__, is_known(m)) for n, m in layers.items()})
-        capture, budget = Capture([*layers.values()], self.with_grad), Budget(_clock_of(model))
+        places = self._history.add_layers({n: Layer(type(m).__name__, is_known(m), has_matrix(m)) for n, m in layers.items()})
+        capture, budget = Capture(model, [*layers.values()], self.with_grad), Budget(_clock_of(model))
         self._model, self._session = ref(model), Session(self._fits, self._steps, [*layers], places, capture, budget)
         self._fits += 1
         at_end_of_next_stage(learn, self._look_away)
@@ -159,6 +159,12 @@ class ActivationStatsRecorder(Reading, Callback):
         if self._session is not None and phase_of_batch(self.learn) is not None:
             self._session.n_batches += 1
             self._end_batch()
+
+    def after_cancel_train(self) -> None:
+        """Keep the batch in which it was cancelled, before anything else is done to the weights."""
+        self._end_batch()
+
+    after_cancel_epoch = after_cancel_train
 
     def after_epoch(self) -> None:
         """Bring everything to where it is kept."""

@@ -39,9 +39,9 @@ class Reading:
         return self._history.frame()
 
     def summary(self) -> pd.DataFrame:  # by the layers' names
-        """A row for each layer that ran, with its `type`, `first_std`, `last_std`, `min_std`, `max_std`,
-        `max_near_zero`, of all training records ever made, and a `verdict`: see
-        `fastai_lsuv.recording.verdicts.verdict`.
+        """One row per layer that ran: its `type`; `first_std`, `last_std`, `min_std`, `max_std` and `max_near_zero` of
+        all training records ever made; of its latest, `last_mean`, `signal`, `dead_units` (over the last epoch) and
+        `last_update`; and a `verdict`, `because` of such a number: see `fastai_lsuv.recording.verdicts.verdicts`.
         """
         self._flush()
         return self._history.summary()

@@ -2,36 +2,92 @@
 
 from __future__ import annotations
 
-import pandas as pd
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fastai_lsuv.core.statistics import SIGNAL_LOST
 
 # Rules of the verdicts, rough on purpose: a healthy layer of any architecture is to pass, a broken one is not.
 EXPLODING = 1e3  # std that no healthy layer reaches
 VANISHING = 1e-3  # std that is nothing beside a bias of default size
-SIGNAL = 0.01  # part of the std that the input makes: below it the outputs of all samples are the same
 CHANGE = 100.0  # by how much the std may grow (from 1 at least) or fall since the first record
 DYING = 0.95  # share of outputs that are nothing beside the layer's own std
+DEAD = 0.5  # share of units that never fire
 SATURATED = 0.35  # share of outputs at the limit of the layer's range: of a sigmoid it could be half
+LEARNING = (1e-5, 0.1)  # size of a step's change beside that of the weight: what trains well lies between
+ENOUGH = 10  # records of a fit from which that is told
 
 
-def verdict(
-    running: pd.Series,  # first_std, last_std of all training records
-    latest: pd.Series,  # all columns of its latest record
-    is_known: bool = True,  # a layer with parameters or an activation: others may hand on what they get
-) -> str:
-    """Return what is wrong with a layer, by the first of these rules that applies to its latest record.
+class Verdict(NamedTuple):
+    """What is wrong with a layer, and the number that says so."""
+
+    name: str
+    because: str = ""
+
+
+HEALTHY = Verdict("healthy")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a layer: of all training records ever made, or of its latest."""
+
+    type: str
+    is_known: bool  # a layer with parameters or one of PyTorch's activations: others may hand on what they get
+    has_matrix: bool  # a parameter of more than one dimension: gains and biases alone may stay as they are
+    first_std: float
+    last_std: float
+    min_std: float
+    max_std: float
+    max_near_zero: float
+    last_mean: float
+    sparsity: float
+    at_limit: float
+    signal: float
+    dead_units: float  # over the last epoch
+    last_update: float
+    mean_update: float  # geometric mean over the records of the last fit in which anything changed
+    n_updates: int  # records of that fit
+
+
+def verdicts(layers: Sequence[Facts]) -> list[Verdict]:
+    """Return what is wrong with each layer, in order, by the first of these rules that applies to it.
 
     `exploding`: the std is above 1,000, or above 100 times its first value (and 100), or not finite.
     `dying`: 95 % of the outputs are nothing (within 5 % of the layer's own std), whatever its scale.
-    `vanishing`: the std is below 0.001, or below 1 % of its first value, or less than 1 % of it is due to the input:
-    all samples give the same. Said of layers with parameters and of PyTorch's activations.
+    `dead units`: half of an activation's channels did not fire once in an epoch.
+    `vanishing`: the std is below 0.001, or below 1 % of its first value; or less than a tenth of it is due to the
+    input, here and in all later layers. Said of layers with parameters and of PyTorch's activations.
+    `too fast`: a step changes the layer's weights by more than a tenth of their size, in the mean over a fit.
+    `not learning`: it changes them by less than a hundred-thousandth. Both are said of matrices and convolutions.
     `saturated`: 35 % of the outputs are within 5 % of the largest size, as of a tanh or sigmoid driven too hard.
     `healthy`: none of these.
     """
-    first, last = running["first_std"], running["last_std"]
-    if last > min(EXPLODING, CHANGE * max(first, 1.0)):
-        return "exploding"
-    if latest["sparsity"] >= DYING:
-        return "dying"
-    if is_known and (last < max(VANISHING, first / CHANGE) or latest["signal"] < SIGNAL):
-        return "vanishing"
-    return "saturated" if latest["at_limit"] >= SATURATED else "healthy"
+    found: list[Verdict] = []
+    is_lost = True  # in all later layers
+    for layer in reversed(layers):
+        if layer.is_known and layer.signal == layer.signal:
+            is_lost = is_lost and layer.signal < SIGNAL_LOST
+        found.append(_verdict(layer, is_lost))
+    return found[::-1]
+
+
+def _verdict(x: Facts, is_lost: bool) -> Verdict:
+    slow, fast = LEARNING
+    if x.last_std > min(EXPLODING, CHANGE * max(x.first_std, 1.0)):
+        return Verdict("exploding", f"std {x.last_std:.2g}, {x.first_std:.2g} at first")
+    if x.sparsity >= DYING:
+        return Verdict("dying", f"{x.sparsity:.1%} of the outputs are nothing beside its std")
+    if x.is_known and x.dead_units >= DEAD:
+        return Verdict("dead units", f"{x.dead_units:.0%} of the units did not fire in an epoch")
+    if x.is_known and x.last_std < max(VANISHING, x.first_std / CHANGE):
+        return Verdict("vanishing", f"std {x.last_std:.2g}, {x.first_std:.2g} at first")
+    if x.is_known and is_lost and x.signal < SIGNAL_LOST:
+        return Verdict("vanishing", f"{x.signal:.2g} of the std is due to the input")
+    if x.has_matrix and x.n_updates >= ENOUGH and not slow <= x.mean_update <= fast:
+        name = "too fast" if x.mean_update > fast else "not learning"
+        return Verdict(name, f"update {x.mean_update:.1g} of the weight per step")
+    if x.at_limit >= SATURATED:
+        return Verdict("saturated", f"{x.at_limit:.0%} of the outputs are at the limit of their range")
+    return HEALTHY
