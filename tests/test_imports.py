@@ -83,6 +83,7 @@ ORDER = [
     "recording.reading",
     "recording.logs",
     "recorder",
+    "data",
     "demo",
 ]
 FILES = {
