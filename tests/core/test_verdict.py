@@ -84,6 +84,19 @@ def test_default_weights_have_lost_it_too(batch):
     assert report.verdict.startswith("signal lost from conv")
 
 
+def test_a_signal_that_has_died_by_its_scale_is_lost(batch):
+    "All the difference between images is there, but at a std of 1e-13."
+    torch.manual_seed(0)
+    net = plain_cnn(60, 16, nn.SiLU)
+    for m in net:
+        if hasattr(m, "weight"):
+            nn.init.orthogonal_(m.weight)
+            nn.init.zeros_(m.bias)
+    report = lsuv_(net, batch, mean=None, std=None)
+    assert report[-2].std_after < 1e-8
+    assert report.verdict.startswith("signal lost from conv"), report
+
+
 def test_a_norm_for_every_few_layers_holds_the_scale():
     report = lsuv_(tv.resnet18(num_classes=10), torch.randn(16, 3, 64, 64))
     assert report.verdict == "healthy"
