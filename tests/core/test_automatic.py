@@ -73,11 +73,17 @@ class Functional(nn.Module):
         return x
 
 
-relu = lambda i: nn.ReLU()  # noqa: E731
+relu = lambda i: nn.ReLU()
 KINDS = {
     "odd": lambda: (stack(60, lambda i: nn.Linear(33, 33), relu), torch.randn(64, 33)),
-    "grouped": lambda: (stack(60, lambda i: nn.Conv2d(32, 32, 3, padding=1, groups=2), relu), torch.randn(32, 32, 6, 6)),
-    "transposed": lambda: (stack(60, lambda i: nn.ConvTranspose2d(16, 16, 3, padding=1), relu), torch.randn(32, 16, 6, 6)),
+    "grouped": lambda: (
+        stack(60, lambda i: nn.Conv2d(32, 32, 3, padding=1, groups=2), relu),
+        torch.randn(32, 32, 6, 6),
+    ),
+    "transposed": lambda: (
+        stack(60, lambda i: nn.ConvTranspose2d(16, 16, 3, padding=1), relu),
+        torch.randn(32, 16, 6, 6),
+    ),
     "1d": lambda: (stack(60, lambda i: nn.Conv1d(16, 16, 3, padding=1), relu), torch.randn(32, 16, 12)),
     "3d": lambda: (stack(60, lambda i: nn.Conv3d(16, 16, 3, padding=1), relu), torch.randn(16, 16, 4, 4, 4)),
     "functional": lambda: (Functional(), torch.randn(64, 32)),
@@ -85,7 +91,7 @@ KINDS = {
         stack(60, lambda i: nn.Linear(32, 32), lambda i: nn.ReLU() if i % 3 else nn.Tanh()),
         torch.randn(64, 32),
     ),
-}  # fmt: skip
+}
 
 
 def test_frozen_and_excluded_layers_keep_their_weights(batch):

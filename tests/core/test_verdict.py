@@ -37,7 +37,7 @@ def of(signals, excess=None, angles=None, n_norms=0):
         (of([]), "healthy"),
         (of([0.9] * 4, excess=[2 * EXPLODES, 9.0, 3.0, 1.0]), "gradient explodes towards l0"),
         (of([0.9] * 4, excess=[2 * EXPLODES, 9.0, 3.0, 1.0], n_norms=4), "healthy"),
-        (of([0.9] * 8, excess=[EXPLODES / 2, 2 * EXPLODES, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0]), "gradient explodes towards l1"),
+        (of([0.9] * 8, excess=[EXPLODES / 2, 2 * EXPLODES, *[1.0] * 6]), "gradient explodes towards l1"),
         (of([0.9] * 4, excess=[VANISHES / 2, 0.1, 0.3, 1.0]), "gradient vanishes towards l0"),
         (of([0.9] * 4, excess=[NAN, NAN, 0.3, 1.0]), "healthy"),
         (of([0.1] * 4, excess=[2 * EXPLODES, 9.0, 3.0, 1.0]), "signal lost from l0 on"),
