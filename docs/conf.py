@@ -18,7 +18,7 @@ version = release = fastai_lsuv.__version__
 # Pages stay where they are, so that their links to one another hold in the repository and in the site alike.
 root_doc = "docs/index"
 include_patterns = ["CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "nbs/*.md", "nbs/*.ipynb", "fastai_lsuv/**.py"]
-extensions = ["myst_nb", "sphinx_copybutton", "mathml", "sources", "excerpts"]
+extensions = ["myst_nb", "sphinx_copybutton", "formulas", "sources", "excerpts"]
 
 nb_merge_streams = True
 nb_execution_mode = "off"  # the notebooks are committed as they ran; the tests run them again
@@ -27,7 +27,7 @@ myst_enable_extensions = ["dollarmath"]
 suppress_warnings = ["myst.header"]
 
 smartquotes_action = "D"  # dashes only: quotes may be code
-html_math_renderer = "mathml"
+html_math_renderer = "drawn"
 
 html_theme = "furo"  # light and dark, no font or script from elsewhere
 html_title = f"fastai_lsuv {version}"

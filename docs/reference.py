@@ -36,9 +36,9 @@ CONTENTS: dict[str, dict[str, Any]] = {
 METHODS_OF = {"LSUVReport": fastai_lsuv.LSUVReport, "ActivationStatsRecorder": Reading}
 CHOICE = """## `Choice`
 
-Which modules are meant, in `modules` and `exclude`: a type or a tuple of types; a name, or a list of names, with wildcards
-(`"encoder.*"`); a module of the model, or a list of them; a function from the model to modules (`nn.Module.children`);
-or `None`, for which each function has its own meaning.
+Which modules are meant, in `modules` and `exclude`: a type or a tuple of types; a name, or a list of names, with
+wildcards (`"encoder.*"`); a module of the model, or a list of them; a function from the model to modules
+(`nn.Module.children`); or `None`, for which each function has its own meaning.
 """
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.parsers import Parser
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class PythonFile(Parser):
@@ -14,7 +18,7 @@ class PythonFile(Parser):
 
     def parse(self, inputstring: str, document: nodes.document) -> None:
         """Make a title and a block of code of it."""
-        name = f"{self.env.current_document.docname}.py"
+        name = Path(document["source"]).relative_to(ROOT).as_posix()
         flags = [nodes.field("", nodes.field_name("", flag), nodes.field_body()) for flag in ("orphan", "nosearch")]
         code = nodes.literal_block(inputstring, inputstring, language="python", linenos=True)
         document += nodes.docinfo("", *flags)

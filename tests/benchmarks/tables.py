@@ -1,4 +1,4 @@
-"""What was measured, as the README shows it: the device over every number."""
+"""What was measured, as `docs/costs.md` shows it: the device over every number."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def costs(device, rows):
     "In forward passes."
     head = (
         f"model, {KIND[device]}",
+        "`lsuv_`, all of it",
         "one forward pass",
         "correcting pass",
-        "`lsuv_`, all of it",
         "memory beyond a forward pass (the weights take)",
     )
     more = ("largest output",) if device == "cuda" else ("package `lsuv`", "the course's loop")
@@ -38,9 +38,9 @@ def ours(r):
     missed = "" if r["whole"] <= r["goal"] else f" (goal: {r['goal']}×)"
     return (
         f"{r['name']}, {' × '.join(map(str, r['shape']))}",
+        f"**{r['whole']:.2f}×**{missed}",
         f"{r['forward'] * 1000:.0f} ms",
         f"{r['correcting']:.2f}×",
-        f"**{r['whole']:.2f}×**{missed}",
         f"{r['memory'] / 1e6:.0f} MB ({r['weights'] / 1e6:.0f} MB)",
     )
 
