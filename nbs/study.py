@@ -41,8 +41,11 @@ from fastai_lsuv.demo import ACTIVATIONS, fashion_dls
 from fastai_lsuv.init import critical_std, delta_orthogonal_, looks_linear_
 
 CSV = Path(__file__).parent / "study.csv"
-MEASURED = ["n_layers", "has_norms", "signal_last", "signal_min", "grad_first", "grad_max", "grad_min", "verdict"]
-COLUMNS = [*MEASURED, "accuracy", "seconds"]
+MEASURED = [
+    *("n_layers", "has_norms", "std_last", "signal_last", "signal_head", "signal_min"),  # last: of the hidden layers
+    *("grad_first", "grad_max", "grad_min", "verdict"),
+]
+COLUMNS = [*MEASURED, "taken", "accuracy", "seconds"]
 
 # --- networks, for images of 14x14 --------------------------------------------------------------------------------------
 
@@ -147,8 +150,8 @@ class Run:
     seed: int
 
 
-def initialised(run: Run) -> nn.Module:
-    "The run's network before training."
+def initialised(run: Run) -> tuple[nn.Module, str]:
+    "The run's network before training, and what `init=\"auto\"` says of its choice."
     set_seed(run.seed)
     model = NETS[run.net](run.act, run.depth, run.width)
     if run.init in CLASSICAL:
@@ -160,8 +163,8 @@ def initialised(run: Run) -> nn.Module:
         options = dict(LSUV[run.init])
         if run.init == "LSUV mirrored":
             options["std"] = critical_std(ACTIVATIONS[run.act](), run.depth)
-        lsuv_(model, sample(), **options)
-    return model
+        return model, lsuv_(model, sample(), **options).init
+    return model, ""
 
 
 # --- one run ------------------------------------------------------------------------------------------------------------
@@ -178,23 +181,21 @@ def sample() -> torch.Tensor:
 
 
 def measured(model: nn.Module) -> dict[str, object]:
-    "What the report says of a network, as `MEASURED`."
-    import sys
-
-    sys.path.append(str(Path(__file__).parent.parent / "tests"))
-    from audit import elasticity, signal
-
-    s, g = pd.Series(signal(model, sample())), pd.Series(elasticity(model, sample()[:32]))
-    hidden = s.iloc[:-1]
+    "What the report says of a network as it stands, as `MEASURED`."
+    report = lsuv_(model, sample(), mean=None, std=None)
+    rows = report.to_frame()
+    hidden, head, grad = rows.iloc[:-1], rows.iloc[-1], rows.grad_after
     norms = any("Norm" in type(m).__name__ for m in model.modules())
-    return dict(zip(MEASURED, [len(s), norms, hidden.iloc[-1], hidden.min(), g.iloc[0], g.max(), g.min(), ""]))
+    ends = [hidden.std_after.iloc[-1], hidden.signal_after.iloc[-1], head.signal_after, hidden.signal_after.min()]
+    values = [len(rows), norms, *ends, grad.iloc[0], grad.max(), grad.min(), report.verdict]
+    return dict(zip(MEASURED, values, strict=True))
 
 
 def train(run: Run) -> dict[str, object]:
     "What `COLUMNS` hold. Seconds are those of the processor."
     start = time.process_time()
-    model = initialised(run)
-    found = measured(model)
+    model, taken = initialised(run)
+    found = measured(model) | {"taken": taken}
     set_seed(run.seed)
     adam = partial(OptimWrapper, opt=partial(torch.optim.Adam, fused=True))
     learn = Learner(data(), model, opt_func=adam, metrics=accuracy)
