@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, overload
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from fastai_lsuv.learner.guards import Decision
 
+_WORDS = "status", "reason"
 STATUSES = ("corrected", "unchanged", "skipped", "not_converged")
 
 
@@ -32,12 +34,13 @@ class Row:
     std_before: float  # the same
     mean_after: float  # of a clean pass through the finished network
     std_after: float  # the same
-    signal_before: float  # share of the std that is due to the input, 0 to 1: at 0 all inputs look the same
-    signal_after: float  # the same of the finished network
-    grad_after: float  # elasticity: a change of the output by 1 % changes the network's by so many per cent
     n_iter: int  # corrections made
     status: str  # corrected, unchanged (was there already), skipped, not_converged
     reason: str  # why, in a fixed phrase (or several, with "; " between them), where there is something to say
+    signal_before: float = math.nan  # share of the std that is due to the input, 0 to 1: at 0 all inputs look the same
+    signal_after: float = math.nan  # the same of the finished network
+    angle_after: float = math.nan  # between the outputs of two inputs, as its sine, 0 to 1: at 0 all of them lie on one line
+    grad_after: float = math.nan  # elasticity: a change of the output by 1 % changes the network's by so many per cent
 
     @property
     def notes(self) -> set[str]:
@@ -131,8 +134,9 @@ class LSUVReport(Sequence[Row]):
         return summary_line(self)
 
     def _table(self) -> pd.DataFrame:
-        """The frame as text, for printing."""
+        """The frame as text, for printing: words last."""
         frame = self.to_frame()
+        frame = frame[[*frame.columns.drop(list(_WORDS)), *_WORDS]]
         for column in frame.select_dtypes("float"):
             frame[column] = [number(x) for x in frame[column]]
         return frame.rename(columns={"n_calls": "calls", "n_iter": "steps"}).astype(str)

@@ -13,7 +13,7 @@ from fastai_lsuv.core.correction import Correction
 from fastai_lsuv.core.discovery import Discovery
 from fastai_lsuv.core.dry_run import DryRun
 from fastai_lsuv.core.errors import add_to_message
-from fastai_lsuv.core.gradient import elasticities
+from fastai_lsuv.core.gradient import Gradient, gradients
 from fastai_lsuv.core.layers import Layer
 from fastai_lsuv.core.options import Options
 from fastai_lsuv.core.reasons import Note, Skip
@@ -43,13 +43,20 @@ def attempt(discovery: Discovery, options: Options) -> Attempt:
             _bound_branches(layers, discovery.branch_ends)
         _correct(dry_run, discovery, options)
     ran = [layer for layer in layers if layer.after]
-    grads = elasticities(dry_run, [layer.module for layer in ran])
+    unknown = Gradient(math.nan, math.nan)
+    found = gradients(dry_run, [layer.module for layer in ran])
     for layer in ran:
-        layer.grad = grads.get(layer.module, math.nan)
-    names = [layer.name or type(layer.module).__name__ for layer in ran]
-    signals = [layer.after.signal for layer in ran if layer.after]
-    n_norms = sum("norm" in type(module).__name__.lower() for module in dry_run.names)
-    return Attempt(options, layers, Trainability(names, signals, [layer.grad for layer in ran], n_norms))
+        layer.grad = found.get(layer.module, unknown).elasticity
+    return Attempt(
+        options,
+        layers,
+        Trainability(
+            names=[layer.name or type(layer.module).__name__ for layer in ran],
+            seen=[layer.after for layer in ran if layer.after],
+            excess=[found.get(layer.module, unknown).excess for layer in ran],
+            n_norms=sum("norm" in type(module).__name__.lower() for module in dry_run.names),
+        ),
+    )
 
 
 def _correct(dry_run: DryRun, discovery: Discovery, options: Options) -> None:

@@ -39,7 +39,7 @@ def choose(discovery: Discovery, options: Options) -> Chosen:
     dry_run = discovery.dry_run
     best, kept, what = plain, dry_run.kept_state(), "your own weights, as nothing tried is better"
     for name, candidate in _candidates(discovery, plain_options):
-        if dry_run.n_forward + _OF_AN_ATTEMPT > MOST_PASSES:
+        if dry_run.n_forward + _OF_AN_ATTEMPT > MOST_PASSES or best.trainability.score == 1:
             break
         dry_run.begin_again()
         tried = attempt(discovery.again(candidate), candidate)

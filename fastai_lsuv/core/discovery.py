@@ -94,7 +94,8 @@ class Discovery:
         def see(module: nn.Module, call: Any, output: Any) -> None:
             if (y := first_tensor(output)) is not None:
                 layer = by_module[module]
-                now = with_signal(y, layer.channel_dim(y) if self.options.per_channel else None, layer.careful)
+                channels = layer.channel_dim(y) if self.options.per_channel else None
+                now = with_signal(y, channels, layer.careful, with_angle=when == "after")
                 measured[module] = measured[module].merge(now) if module in measured else now
 
         if by_module or also or when == "after":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +19,27 @@ from fastai_lsuv.core.statistics import on_host
 SAMPLES = 16  # of the batch: what is measured is the same within a few per cent for any number
 
 
-def elasticities(dry_run: DryRun, modules: Sequence[nn.Module]) -> dict[nn.Module, float]:
+class Gradient(NamedTuple):
+    """What comes back to an output y, and how many values there are."""
+
+    elasticity: float  # ‖g‖·‖y‖ / (‖v‖·‖out‖) of a random gradient v at the network's output
+    excess: float  # over √(values of y / values of out), which a linear network of random weights has
+
+
+def gradients(dry_run: DryRun, modules: Sequence[nn.Module]) -> dict[nn.Module, Gradient]:
     """Return by how much more a change of each module's output shows at the network's, both relative to their size.
 
-    The elasticity of an output y is ‖g‖·‖y‖ / (‖v‖·‖out‖), where v is a random gradient at the network's output and g
-    the one that comes back to y: it has no unit, so that layers of any shape and scale compare. Of several calls the
-    first counts. Modules through which no gradient can come are left out, and all of them if the model can't be
-    differentiated.
+    The elasticity has no unit, so that layers of any scale compare; less what a linear network would have, so do
+    layers of any shape. Of several calls the first counts. Modules through which no gradient can come are left out,
+    and all of them if the model can't be differentiated.
     """
-    edges: dict[nn.Module, tuple[GradientEdge, Tensor]] = {}
+    edges: dict[nn.Module, tuple[GradientEdge, Tensor, int]] = {}
     outputs: list[Tensor] = []
 
     def see(module: nn.Module, call: Call, output: Any) -> None:
         y = first_tensor(output)
         if y is not None and y.requires_grad and module not in edges:
-            edges[module] = get_gradient_edge(y), _norm(y)  # what is behind it may change it in place
+            edges[module] = get_gradient_edge(y), _norm(y), y.numel()  # what is behind it may change it in place
 
     def see_last(module: nn.Module, call: Call, output: Any) -> None:
         if module in modules:
@@ -43,16 +50,14 @@ def elasticities(dry_run: DryRun, modules: Sequence[nn.Module]) -> dict[nn.Modul
         dry_run.forward({**dict.fromkeys(modules, see), dry_run.model: see_last}, part=first_samples, with_grad=True)
         out = outputs[0]
         v = torch.randn_like(out)
-        gradients = torch.autograd.grad(out, [edge for edge, _ in edges.values()], v, allow_unused=True)
+        came_back = torch.autograd.grad(out, [edge for edge, _, _ in edges.values()], v, allow_unused=True)
     except Exception:  # whatever a model's own backward may raise: that is no matter of its initialisation
         return {}
     whole = _norm(v) * _norm(out)
-    found = {
-        module: _norm(g) * size / whole
-        for (module, (_, size)), g in zip(edges.items(), gradients, strict=True)
-        if g is not None
-    }
-    return {module: value for module, (value,) in zip(found, on_host([*found.values()]), strict=True)}
+    pairs = zip(edges, came_back, strict=True)
+    found = {module: _norm(g) * edges[module][1] / whole for module, g in pairs if g is not None}
+    values = zip(found, on_host([*found.values()]), strict=True)
+    return {module: Gradient(e, e / math.sqrt(edges[module][2] / out.numel())) for module, (e,) in values}
 
 
 def _norm(x: Tensor) -> Tensor:

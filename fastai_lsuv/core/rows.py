@@ -19,13 +19,14 @@ _LARGE = 1e4  # |mean| / std, or std, at which fp32 outputs are rounded to about
 def row_of(layer: Layer, options: Options) -> Row:
     """Return the report's row of a layer."""
     before, after = _moments(layer.before, layer.target), _moments(layer.after, layer.target)
-    signal = _signal(layer.before), _signal(layer.after)
+    unknown = Measured(0, (), ())
+    was, is_now = layer.before or unknown, layer.after or unknown
     status = "skipped" if layer.skipped else _status(layer, options)
     kind = type(layer.module).__name__
     n_calls = 0 if layer.skipped is Skip.NEVER_CALLED else layer.n_calls
     return Row(
-        layer.name, kind, n_calls, *before, *after, *signal, layer.grad, n_iter=layer.n_iter, status=status,
-        reason=layer.reason,
+        layer.name, kind, n_calls, *before, *after, layer.n_iter, status, layer.reason,
+        was.signal, is_now.signal, is_now.angle, layer.grad,
     )  # fmt: skip
 
 
@@ -55,10 +56,6 @@ def _rounding(layer: Layer) -> float:
     std = layer.target.std or max(layer.after.std)
     size = max(1.0, layer.ratio, abs(layer.target.mean or 0.0) / std) * max(1.0, std)
     return 4 * layer.eps * size if layer.eps > _EPS_OF_HALF or size > _LARGE else 0.0
-
-
-def _signal(seen: Measured | None) -> float:
-    return math.nan if seen is None else seen.signal
 
 
 def _moments(seen: Measured | None, target: Target) -> tuple[float, float]:

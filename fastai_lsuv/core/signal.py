@@ -1,8 +1,9 @@
 """How much of the input is left in an output: what no mean and no std tell.
 
 An output's variance is that over the batch at the same place, which is due to the input, and that between places, which
-every input shares. Where the first is nothing beside the second, all inputs look the same (Schoenholz et al. 2017,
-arXiv:1611.01232: in mean field theory, their correlation has come to 1).
+all inputs share. Where the first is nothing beside the second, all inputs look the same (in mean field theory, their
+correlation has come to 1: Schoenholz et al. 2017, arXiv:1611.01232). And where the outputs of all inputs lie on one
+line, they differ in size only.
 """
 
 from __future__ import annotations
@@ -13,37 +14,60 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SIGNAL_LOST = 0.1  # share of the std that is due to the input, below which a network stays at chance
+# Share of the std that is due to the input, below which a network doesn't train well: by experiment (`nbs/study.py`).
+SIGNAL_LOST = 0.2
 
 # Values are enough if there are so many, from so many places, in so many samples of the batch.
 _VALUES, _PLACES, _SAMPLES = 2**15, 2**10, 2**8
+_FEWEST = 3  # samples that need not lie on one line
 
 
 @dataclass(frozen=True)
 class Signal:
-    """Variances of an output on the device of the data: over the batch at the same place, and of all values."""
+    """What is seen of an output, on the device of the data: sums over the calls of a layer."""
 
-    over_batch: Tensor
-    of_all: Tensor
+    over_batch: Tensor  # variance over the batch at the same place
+    of_all: Tensor  # variance of all values
+    cosine: Tensor  # mean square cosine of the angle between two samples, seen from the mean of all
+    n_calls: int = 1
 
     def merge(self, other: Signal) -> Signal:
-        """Return the same of two calls of a layer."""
-        return Signal(self.over_batch + other.over_batch, self.of_all + other.of_all)
+        """Return the same of the calls of both."""
+        return Signal(
+            self.over_batch + other.over_batch,
+            self.of_all + other.of_all,
+            self.cosine + other.cosine,
+            self.n_calls + other.n_calls,
+        )
 
 
-def signal(x: Tensor) -> Signal:
-    """Look at the same places, evenly spread, of all outputs of the batch: a few operations, and no wait."""
+def signal(x: Tensor, with_angle: bool = True) -> Signal:
+    """Look at the same places, evenly spread, of samples of the batch: a few operations, and no wait."""
     wide = torch.float32 if x.device.type == "mps" else torch.float64
+    unknown = torch.full((), math.nan, dtype=wide, device=x.device)
     if not x.dim() or len(x) < 2 or not x.numel():
-        unknown = torch.full((), math.nan, dtype=wide, device=x.device)
-        return Signal(unknown, unknown)
+        return Signal(unknown, unknown, unknown)
     sample = _some_places(x).to(wide)
-    return Signal(sample.var(0).mean(), sample.var())
+    variance, mean = torch.var_mean(sample, 0)
+    has_angle = with_angle and len(sample) >= _FEWEST and sample.shape[1] > 1
+    return Signal(variance.mean(), sample.var(), _mean_square_cosine(sample - mean) if has_angle else unknown)
 
 
-def signal_share(over_batch: float, of_all: float) -> float:
-    """Return the share of the std that is due to the input, 0 to 1; NaN where there is none, as of a batch of one."""
-    return min(math.sqrt(over_batch / of_all), 1.0) if 0 < of_all < math.inf else math.nan
+def shares(over_batch: float, of_all: float, cosine: float) -> tuple[float, float]:
+    """Return the share of the std that is due to the input, and the sine of the angle between samples, both 0 to 1.
+
+    NaN where there is none, as of a batch of one.
+    """
+    signal = min(math.sqrt(over_batch / of_all), 1.0) if 0 < of_all < math.inf else math.nan
+    return signal, math.sqrt(max(1.0 - cosine, 0.0))
+
+
+def _mean_square_cosine(centred: Tensor) -> Tensor:
+    """Mean over all pairs of samples, by one product of matrices."""
+    n = len(centred)
+    directions = centred / torch.linalg.vector_norm(centred, dim=1, keepdim=True)
+    squares = torch.linalg.vector_norm(directions @ directions.T).square()
+    return (squares - n) / (n * (n - 1))
 
 
 def _some_places(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastai_lsuv.core.signal import Signal, signal, signal_share
+from fastai_lsuv.core.signal import Signal, shares, signal
 
 # `std_mean` costs twenty times as much on the CPU as a sum and a norm over short rows, which the
 # vector units do at memory speed. Rows also bound the rounding error: the squares of each are added in the tensor's
@@ -20,9 +20,6 @@ _ROW = 1024
 
 # Up to this many values float64 throughout is the fastest: the number of calls decides, not the memory.
 _SMALL = 2**15
-
-# Part of a layer's std that the input makes: below it all inputs look the same to what follows, and nothing trains.
-SIGNAL_LOST = 0.1
 
 # One-pass moments lose about eps * (1 + mean²/var) of the variance; beyond this ratio the centred second pass is due.
 _MAX_RATIO = 100.0
@@ -70,6 +67,7 @@ class Measured:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     signal: float = math.nan  # share of the std that is due to the input
+    angle: float = math.nan  # between the outputs of two inputs, as its sine: 0 if all lie on one line
 
     @property
     def is_finite(self) -> bool:
@@ -97,9 +95,9 @@ def moments(x: Tensor, channel_dim: int | None = None, careful: bool = False) ->
     return _twice(in_memory_order(x)) if careful else _once(x)
 
 
-def with_signal(x: Tensor, channel_dim: int | None = None, careful: bool = False) -> Moments:
-    """Return the moments of `x`, and how much of its std is due to the input."""
-    return replace(moments(x, channel_dim, careful), signal=signal(x))
+def with_signal(x: Tensor, channel_dim: int | None, careful: bool, with_angle: bool) -> Moments:
+    """Return the moments of `x`, and how much of it is due to the input."""
+    return replace(moments(x, channel_dim, careful), signal=signal(x, with_angle))
 
 
 def at_hand(x: Tensor) -> bool:
@@ -126,14 +124,19 @@ def on_host(tensors: Sequence[Tensor]) -> list[tuple[float, ...]]:
 def fetched(seen: Sequence[Moments]) -> list[Measured]:
     """Return moments as numbers, in one go."""
     home = iter(on_host([x for m in seen for x in _tensors(m)]))
-    return [
-        Measured(m.n, next(home), next(home), signal_share(*next(home), *next(home)) if m.signal else math.nan)
-        for m in seen
-    ]
+    return [Measured(m.n, next(home), next(home), *_shares(m.signal, home)) for m in seen]
 
 
 def _tensors(m: Moments) -> tuple[Tensor, ...]:
-    return (m.mean, m.std, m.signal.over_batch, m.signal.of_all) if m.signal else (m.mean, m.std)
+    of_signal = (m.signal.over_batch, m.signal.of_all, m.signal.cosine) if m.signal else ()
+    return (m.mean, m.std, *of_signal)
+
+
+def _shares(seen: Signal | None, home: Iterator[tuple[float, ...]]) -> tuple[float, float]:
+    if seen is None:
+        return math.nan, math.nan
+    (over_batch,), (of_all,), (cosine,) = islice(home, 3)
+    return shares(over_batch, of_all, cosine / seen.n_calls)
 
 
 def at_least_single(dtype: torch.dtype) -> torch.dtype:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from fastai_lsuv.core.options import AUTO, Options
 from fastai_lsuv.core.signal import SIGNAL_LOST
+from fastai_lsuv.core.statistics import Measured
 
-EXPLODES = 1e3  # elasticity at the first layers, beyond which a network without norms doesn't train
-VANISHES = 1e-3  # the same, where nothing that they do shows at the output
-GOOD_SIGNAL, GOOD_GRADIENT = 0.5, 100.0  # of which more or less, respectively, is no better
+EXPLODES = 50.0  # excess at the first layers beyond which a network without norms doesn't train: by experiment, too
+VANISHES = 1e-3
+ENOUGH = 0.35  # signal at the end, of which more is no better
 _LAYERS_TO_A_NORM = 4  # at most, if norms hold the scale
 _EARLY = 4  # a quarter of the layers is where a gradient arrives
 
@@ -20,11 +21,11 @@ HEALTHY = "healthy"
 
 @dataclass(frozen=True)
 class Trainability:
-    """Signal and gradient of the layers of a network, in the order in which they run; NaN where unknown."""
+    """What is known of the layers of a network, in the order in which they run; NaN where nothing is."""
 
     names: Sequence[str]
-    signal: Sequence[float]  # share of the std that is due to the input
-    grad: Sequence[float]  # elasticity of the output
+    seen: Sequence[Measured]
+    excess: Sequence[float]  # of the gradient at each output, over what a linear network has
     n_norms: int  # normalisation layers
 
     @property
@@ -34,44 +35,41 @@ class Trainability:
 
     @property
     def last_signal(self) -> float:
-        """The signal that is left at the end: of the last layer or the last hidden one, whose mean the last may add."""
-        return max(self._known_signal()[-2:], default=(math.nan, ""))[0]
+        """What is left at the end: at the last layer or the last hidden one, as the last may add a mean of its own."""
+        return max([s for s, _ in self._signals()[-2:]], default=math.nan)
 
     @property
-    def early_grad(self) -> tuple[float, str]:
-        """The largest elasticity at the first layers, and where it is."""
-        known = [(g, name) for g, name in zip(self.grad, self.names, strict=True) if math.isfinite(g) and g > 0]
+    def early_gradient(self) -> tuple[float, str]:
+        """The largest excess at the first layers, and where it is."""
+        known = [(g, name) for g, name in zip(self.excess, self.names, strict=True) if math.isfinite(g) and g > 0]
         return max(known[: -(-len(known) // _EARLY)], default=(math.nan, ""))
 
     @property
     def verdict(self) -> str:
-        """`healthy`, or what is lost, and where.
-
-        Raises nothing: where nothing is known, nothing is said against the network.
-        """
+        """`healthy`, or what is lost, and where; where nothing is known, nothing is said against the network."""
         if self.last_signal < SIGNAL_LOST:
             return f"signal lost from {self._lost_from()} on"
-        grad, name = self.early_grad
-        if not self.norms_hold_the_scale and grad > EXPLODES:
+        gradient, name = self.early_gradient
+        if gradient > EXPLODES and not self.norms_hold_the_scale:
             return f"gradient explodes towards {name}"
-        return f"gradient vanishes towards {name}" if grad < VANISHES else HEALTHY
+        return f"gradient vanishes towards {name}" if gradient < VANISHES else HEALTHY
 
     @property
     def score(self) -> float:
-        """How far signal and gradient come through, 0 to 1: to compare ways to initialise the same network."""
-        if math.isnan(self.last_signal):
-            return 0.0
-        grad = self.early_grad[0]
-        through = min(1.0, GOOD_GRADIENT / grad, grad / VANISHES) if math.isfinite(grad) else 1.0
-        return min(1.0, self.last_signal / GOOD_SIGNAL) * through
+        """How well signal and gradient come through, 0 to 1: to compare ways to initialise the same network."""
+        gradient = self.early_gradient[0]
+        through = min(1.0, EXPLODES / gradient, gradient / VANISHES) if math.isfinite(gradient) else 1.0
+        return 0.0 if math.isnan(self.last_signal) else min(1.0, self.last_signal / ENOUGH) * through
 
-    def _known_signal(self) -> list[tuple[float, str]]:
-        return [(s, name) for s, name in zip(self.signal, self.names, strict=True) if not math.isnan(s)]
+    def _signals(self) -> list[tuple[float, str]]:
+        """What is left of the input in each output: the share of its std, less what all inputs on one line have."""
+        left = [x.signal if math.isnan(x.angle) else x.signal * x.angle for x in self.seen]
+        return [(s, name) for s, name in zip(left, self.names, strict=True) if not math.isnan(s)]
 
     def _lost_from(self) -> str:
         """The first layer behind which the signal doesn't come back."""
         first = ""
-        for s, name in reversed(self._known_signal()):
+        for s, name in reversed(self._signals()):
             if s >= SIGNAL_LOST:
                 break
             first = name

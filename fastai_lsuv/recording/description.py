@@ -27,8 +27,8 @@ def describe(
 
     `mean` and (unbiased) `std`; `near_zero`, the share of |x| <= near_zero; `sparsity`, the share that is nearly zero
     beside the std, whatever the scale; `at_limit`, the share of sizes near the largest: of a saturated tanh nearly all,
-    of a saturated sigmoid half; `signal`, the part of the std that is due to the input: of the std over the batch at the
-    same place in the whole std, 0 to 1 (NaN of a single input). Several samples of a layer count as one; NaN for a
+    of a saturated sigmoid half; `signal`, the part of the std that is due to the input: the std over the batch at the
+    same place, in the whole std, 0 to 1 (NaN of a single input). Several samples of a layer count as one; NaN for a
     layer that has none.
     """
     values = buffer.view(-1)

@@ -19,7 +19,8 @@ def followed_by_relu(outputs: Mapping[int, Any], loss: Tensor) -> frozenset[int]
     for layer, node in outputs.items():
         layers_of.setdefault(node, []).append(layer)
     found: set[int] = set()
-    todo, seen = [loss.grad_fn], {None}  # a leaf has no node
+    todo: list[Any] = [loss.grad_fn]
+    seen: set[Any] = {None}  # a leaf has no node
     while todo:
         if (node := todo.pop()) not in seen:
             seen.add(node)

@@ -29,6 +29,7 @@ class Layer(NamedTuple):
 
     type: str
     is_known: bool  # what it does: otherwise it may be one that hands on what it gets
+    has_parameters: bool = True
     has_matrix: bool = True  # a parameter of more than one dimension
 
 
@@ -117,7 +118,8 @@ class History:
 
     def _note(self, values: Floats) -> None:
         """Keep the running numbers up to date, and each layer's latest values."""
-        mean, std, near_zero, update = (values[:, self.columns.index(c)] for c in ("mean", "std", "near_zero", "update"))
+        names = ("mean", "std", "near_zero", "update")
+        mean, std, near_zero, update = (values[:, self.columns.index(name)] for name in names)
         ran = ~np.isnan(near_zero)
         std = np.where(ran & ~np.isfinite(mean), np.inf, std)
         first, _, low, high, most, log_update, n_changes, n_updates = self._running.T

@@ -196,7 +196,7 @@ def _before(counts: Indices) -> Indices:
 
 def _table(counts: Indices, fill: int) -> Indices:
     """The numbers of things of which each has so many, one after the other, in lines as long as the longest."""
-    within = np.arange(max(1, counts.max()))
+    within = np.arange(counts.max(initial=1))
     return np.where(within < counts[:, None], _before(counts)[:, None] + within, fill)
 
 

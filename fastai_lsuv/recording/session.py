@@ -38,6 +38,7 @@ class Session:
     is_watched: bool = False  # it is to be recorded
     loss: Tensor | None = None  # as it was before it was scaled for mixed precision
     scale: Tensor | float = 1.0  # by how much it was
+    is_stopped: bool = False  # by `stop_on`
     n_batches: int = 0
     n_begun: int = 0
     n_watched: int = 0

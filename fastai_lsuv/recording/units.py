@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +58,7 @@ class Units:
             torch.minimum(known.low, low, out=known.low)
             torch.maximum(known.high, high, out=known.high)
 
-    def drop(self, layers: Sequence[int]) -> None:
+    def drop(self, layers: Collection[int]) -> None:
         """Look at some layers no more."""
         self.channel_dims = {i: dim for i, dim in self.channel_dims.items() if i not in layers}
         self._ranges = {key: known for key, known in self._ranges.items() if known.layer not in layers}

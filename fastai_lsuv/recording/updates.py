@@ -50,7 +50,8 @@ class Updates:
         torch._foreach_sub_(self._before, now)
         changes = torch._foreach_norm(self._before)
         norms = torch.stack([n.to(device, torch.float32, non_blocking=True) for n in (*changes, *sizes)])
-        layers, shares, nothing = self._tables_of([(i, w.numel() / p.numel()) for (i, p), w in zip(watched, now)], device)
+        samples = [(i, w.numel() / p.numel()) for (i, p), w in zip(watched, now, strict=True)]
+        layers, shares, nothing = self._tables_of(samples, device)
         squares = norms.view(2, -1).square() / shares
         change, size = squares.new_zeros(2, self._n_layers).index_add_(1, layers, squares).sqrt_()
         return torch.where(change == 0, 0.0, change / size) + nothing
@@ -68,7 +69,8 @@ class Updates:
 
 def _trains(p: Tensor) -> bool:
     """True if a parameter requires a gradient, and is one whose values can be looked at like any tensor's."""
-    return p.requires_grad and type(p) is nn.Parameter and p.layout is torch.strided and not p.is_meta and bool(p.numel())
+    is_plain = type(p) is nn.Parameter and p.layout is torch.strided and not p.is_meta
+    return p.requires_grad and is_plain and p.numel() > 0
 
 
 def _sample(p: Tensor) -> Tensor:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fastai_lsuv.core.statistics import SIGNAL_LOST
+from fastai_lsuv.core.signal import SIGNAL_LOST
 
 # Rules of the verdicts, rough on purpose: a healthy layer of any architecture is to pass, a broken one is not.
 EXPLODING = 1e3  # std that no healthy layer reaches
@@ -16,6 +16,7 @@ DYING = 0.95  # share of outputs that are nothing beside the layer's own std
 DEAD = 0.5  # share of units that never fire
 SATURATED = 0.35  # share of outputs at the limit of the layer's range: of a sigmoid it could be half
 LEARNING = (1e-5, 0.1)  # size of a step's change beside that of the weight: what trains well lies between
+WORKS = (1e-4, 3e-2)  # where the best learning rates lie
 ENOUGH = 10  # records of a fit from which that is told
 
 
@@ -27,6 +28,15 @@ class Verdict(NamedTuple):
 
 
 HEALTHY = Verdict("healthy")
+REMEDIES = {  # of all verdicts but `healthy`
+    "exploding": "lower the learning rate, clip gradients, or begin from LSUV's weights",
+    "dying": "lower the learning rate, or begin from LSUV's weights",
+    "dead units": "lower the learning rate, or use an activation with a slope on both sides",
+    "vanishing": "begin from LSUV's weights: LSUVCallback()",
+    "too fast": "lower the learning rate",
+    "not learning": "raise the learning rate, or see whether the optimizer has this layer",
+    "saturated": "begin from LSUV's weights, or lower the learning rate",
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class Facts:
 
     type: str
     is_known: bool  # a layer with parameters or one of PyTorch's activations: others may hand on what they get
+    has_parameters: bool
     has_matrix: bool  # a parameter of more than one dimension: gains and biases alone may stay as they are
     first_std: float
     last_std: float
@@ -75,19 +86,28 @@ def verdicts(layers: Sequence[Facts]) -> list[Verdict]:
 
 def _verdict(x: Facts, is_lost: bool) -> Verdict:
     slow, fast = LEARNING
-    if x.last_std > min(EXPLODING, CHANGE * max(x.first_std, 1.0)):
-        return Verdict("exploding", f"std {x.last_std:.2g}, {x.first_std:.2g} at first")
-    if x.sparsity >= DYING:
-        return Verdict("dying", f"{x.sparsity:.1%} of the outputs are nothing beside its std")
-    if x.is_known and x.dead_units >= DEAD:
-        return Verdict("dead units", f"{x.dead_units:.0%} of the units did not fire in an epoch")
-    if x.is_known and x.last_std < max(VANISHING, x.first_std / CHANGE):
-        return Verdict("vanishing", f"std {x.last_std:.2g}, {x.first_std:.2g} at first")
-    if x.is_known and is_lost and x.signal < SIGNAL_LOST:
-        return Verdict("vanishing", f"{x.signal:.2g} of the std is due to the input")
-    if x.has_matrix and x.n_updates >= ENOUGH and not slow <= x.mean_update <= fast:
-        name = "too fast" if x.mean_update > fast else "not learning"
-        return Verdict(name, f"update {x.mean_update:.1g} of the weight per step")
-    if x.at_limit >= SATURATED:
-        return Verdict("saturated", f"{x.at_limit:.0%} of the outputs are at the limit of their range")
-    return HEALTHY
+    moves = x.has_matrix and x.n_updates >= ENOUGH
+    since = f"std {x.last_std:.2g}, {x.first_std:.2g} at first"
+    per_step = f"update {x.mean_update:.1g} of the weight per step"
+    rules = (
+        ("exploding", x.last_std > min(EXPLODING, CHANGE * max(x.first_std, 1.0)), since),
+        ("dying", x.sparsity >= DYING, f"{x.sparsity:.0%} of the outputs are nothing beside its std"),
+        ("dead units", x.is_known and x.dead_units >= DEAD, f"{x.dead_units:.0%} did not fire in an epoch"),
+        ("vanishing", x.is_known and x.last_std < max(VANISHING, x.first_std / CHANGE), since),
+        ("vanishing", x.is_known and is_lost and x.signal < SIGNAL_LOST, f"{x.signal:.1%} of the std is of the input"),
+        ("too fast", moves and x.mean_update > fast, per_step),
+        ("not learning", moves and x.mean_update < slow, per_step),
+        ("saturated", not x.has_parameters and x.at_limit >= SATURATED, f"{x.at_limit:.0%} are at the limit"),
+    )
+    return next((Verdict(name, because) for name, applies, because in rules if applies), HEALTHY)
+
+
+def diagnosis(layers: Mapping[str, Facts], among: Container[str] = tuple(REMEDIES)) -> str:
+    """Return what is wrong with the first layer that has one of these verdicts, and a remedy; empty if none has."""
+    each = zip(layers, verdicts([*layers.values()]), strict=True)
+    found = [(name, verdict) for name, verdict in each if verdict.name in among]
+    if not found:
+        return ""
+    (first, verdict), *others = found
+    more = f", and {len(others)} more layers" if len(others) > 1 else f", and {others[0][0]}" if others else ""
+    return f"{first or '(model)'} {verdict.name}: {verdict.because}{more}; {REMEDIES[verdict.name]}"
