@@ -41,10 +41,7 @@ from fastai_lsuv.demo import ACTIVATIONS, fashion_dls
 from fastai_lsuv.init import critical_std, delta_orthogonal_, looks_linear_
 
 CSV = Path(__file__).parent / "study.csv"
-MEASURED = [
-    *("n_layers", "has_norms", "std_last", "signal_last", "signal_head", "signal_min"),  # last: of the hidden layers
-    *("grad_first", "grad_max", "grad_min", "verdict"),
-]
+MEASURED = ["n_layers", "has_norms", "std", "signal", "angle", "left", "least_left", "grad", "excess", "verdict"]
 COLUMNS = [*MEASURED, "taken", "accuracy", "seconds"]
 
 # --- networks, for images of 14x14 --------------------------------------------------------------------------------------
@@ -181,14 +178,32 @@ def sample() -> torch.Tensor:
 
 
 def measured(model: nn.Module) -> dict[str, object]:
-    "What the report says of a network as it stands, as `MEASURED`."
+    """What the report says of a network as it stands, as `MEASURED`.
+
+    Standard deviation, signal and angle are those of the last hidden layer; `left` is the product of signal and angle
+    there or at the head, whichever is more, and `least_left` the least of the hidden layers. `grad` is the elasticity of
+    the first layer, and `excess` that over what a linear network with as many values there has.
+    """
     report = lsuv_(model, sample(), mean=None, std=None)
     rows = report.to_frame()
-    hidden, head, grad = rows.iloc[:-1], rows.iloc[-1], rows.grad_after
+    left, hidden = rows.signal_after * rows.angle_after.fillna(1), rows.iloc[:-1]
     norms = any("Norm" in type(m).__name__ for m in model.modules())
-    ends = [hidden.std_after.iloc[-1], hidden.signal_after.iloc[-1], head.signal_after, hidden.signal_after.min()]
-    values = [len(rows), norms, *ends, grad.iloc[0], grad.max(), grad.min(), report.verdict]
+    values = [len(rows), norms, *hidden.iloc[-1][["std_after", "signal_after", "angle_after"]]]
+    values += [left.iloc[-2:].max(), left.iloc[:-1].min(), rows.grad_after.iloc[0]]
+    values += [rows.grad_after.iloc[0] / (n_values(model) / 10) ** 0.5, report.verdict]
     return dict(zip(MEASURED, values, strict=True))
+
+
+def n_values(model: nn.Module) -> int:
+    "Of an image, at the output of the first layer."
+    first = next(m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+    sizes: list[int] = []
+    handle = first.register_forward_hook(lambda m, args, out: sizes.append(out.numel()))
+    with torch.no_grad():
+        model.eval()(sample()[:1])
+    handle.remove()
+    model.train()
+    return sizes[0]
 
 
 def train(run: Run) -> dict[str, object]:

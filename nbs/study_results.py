@@ -91,22 +91,28 @@ def networks(df: pd.DataFrame) -> pd.DataFrame:
 
 def score(found: pd.DataFrame) -> pd.Series:
     "How far signal and gradient come through, as a logarithm: what the verdict goes by, without its thresholds."
-    signal = np.log10(found[["signal_last", "signal_head"]].max(axis=1).clip(1e-4, 0.5))
-    grad = np.log10(found.grad_first.astype(float)).fillna(0)
-    exploding = (grad - 2).clip(0) * ~found.has_norms.astype(bool)
-    return (signal - exploding).where(found.std_last > 1e-6, -10)
+    exploding = np.log10(found.excess.astype(float).fillna(1).clip(1e-30) / 50).clip(0)
+    return np.log10(found.left.clip(1e-4, 0.35)) - exploding.where(~found.has_norms, 0)
 
 
 def roc_auc(found: pd.DataFrame) -> pd.Series:
-    "Area under the ROC curve for `fails`: of the signal alone, with the gradient, and in parts of the networks."
-    parts = {
-        "signal alone": (found, -found.signal_last),
-        "signal, gradient and std": (found, -score(found)),
-        "of these, after LSUV": (found[found.init.isin(LSUV)], None),
-        "without norms": (found[~found.has_norms.astype(bool)], None),
-        "50 layers or more": (found[found.depth >= 50], None),
+    "Area under the ROC curve for `fails`: of parts of what is measured, and among parts of the networks."
+    after, without, deep = found.init.isin(LSUV), ~found.has_norms, found.depth >= 50
+    scale = found["std"] > 1e-6  # else nothing comes out: a network that LSUV has not seen
+    scores = {
+        "signal": found.signal,
+        "signal and angle": found.left,
+        "signal, angle and gradient": score(found),
+        "the same and std": score(found).where(scale, -9),
+        "after LSUV": score(found)[after],
+        "after LSUV, without norms": score(found)[after & without],
+        "after LSUV, 50 layers or more": score(found)[after & deep],
     }
-    return pd.Series({n: roc_auc_score(d.fails, -score(d) if x is None else x) for n, (d, x) in parts.items()})
+    return pd.Series({name: area(found.fails[x.index], -x.fillna(1)) for name, x in scores.items()})
+
+
+def area(fails: pd.Series, against: pd.Series) -> float:
+    return float(roc_auc_score(fails, against)) if fails.nunique() > 1 else np.nan
 
 
 def verdicts(found: pd.DataFrame) -> pd.DataFrame:
@@ -121,18 +127,18 @@ def verdicts(found: pd.DataFrame) -> pd.DataFrame:
 def plot_signal(found: pd.DataFrame) -> Figure:
     "Accuracy, as a share of the best of its cell, over the signal, coloured by the gradient."
     fig, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    grad = found.grad_first.astype(float).clip(1e-4, 1e4)
+    grad = found.excess.astype(float).clip(1e-4, 1e4)
     for norms, marker in ((False, "o"), (True, "D")):
-        part = found[found.has_norms.astype(bool) == norms]
+        part = found[found.has_norms == norms]
         points = ax.scatter(
-            part.signal_last.clip(1e-3), part.share, c=grad[part.index], norm=LogNorm(1e-4, 1e4), cmap="coolwarm", s=22,
+            part.left.clip(1e-3), part.share, c=grad[part.index], norm=LogNorm(1e-4, 1e4), cmap="coolwarm", s=22,
             marker=marker, edgecolors="black", linewidths=0.4, label="with norms" if norms else "without norms",
         )  # fmt: skip
     ax.axhline(0.5, color="grey", linewidth=0.8, linestyle="--")
-    ax.set(xscale="log", xlabel="signal at the last hidden layer, at initialisation", ylim=(0, 1.05))
+    ax.set(xscale="log", xlabel="signal at the end, before training", ylim=(0, 1.05))
     ax.set_ylabel("accuracy after training,\nas a share of the best of its kind")
     ax.legend(loc="lower right")
-    fig.colorbar(points, label="elasticity of the first layer", extend="both")
+    fig.colorbar(points, label="gradient at the first layer (excess)", extend="both")
     return fig
 
 
