@@ -13,6 +13,7 @@ from fastai_lsuv.core.statistics import Measured
 EXPLODES = 50.0  # excess at the first layers beyond which a network without norms doesn't train: by experiment, too
 VANISHES = 1e-3
 ENOUGH = 0.35  # signal at the end, of which more is no better
+DEAD = 1e-6  # std of an output beside the largest of any layer's: nothing comes through, whatever it shows
 _LAYERS_TO_A_NORM = 4  # at most, if norms hold the scale
 _EARLY = 4  # a quarter of the layers is where a gradient arrives
 
@@ -62,8 +63,9 @@ class Trainability:
         return 0.0 if math.isnan(self.last_signal) else min(1.0, self.last_signal / ENOUGH) * through
 
     def _signals(self) -> list[tuple[float, str]]:
-        """What is left of the input in each output: the share of its std, less what all inputs on one line have."""
-        left = [x.signal if math.isnan(x.angle) else x.signal * x.angle for x in self.seen]
+        """What is left of the input in each output, where that is known."""
+        largest = max((max(x.std) for x in self.seen), default=0.0)
+        left = [0.0 if 0 < max(x.std) < DEAD * largest else _left(x) for x in self.seen]
         return [(s, name) for s, name in zip(left, self.names, strict=True) if not math.isnan(s)]
 
     def _lost_from(self) -> str:
@@ -74,6 +76,11 @@ class Trainability:
                 break
             first = name
         return first
+
+
+def _left(x: Measured) -> float:
+    """The share of the std that is due to the input, less what outputs on one line have of it."""
+    return x.signal if math.isnan(x.angle) else x.signal * x.angle
 
 
 def remedy(found: Trainability, options: Options) -> str:

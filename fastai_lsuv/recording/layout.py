@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastai_lsuv.recording.sampling import FEW, FEWER, Spots, distance
+from fastai_lsuv.core.signal import distance
+from fastai_lsuv.recording.sampling import FEW, FEWER, Spots
 
 CHUNK = 64  # values in a row of the buffer; each row of a sample has whole rows of its own
 _MANY = 100  # of fewer values some are always near their limit

@@ -8,8 +8,8 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from fastai_lsuv.core.signal import distance
 from fastai_lsuv.core.statistics import at_least_single, in_memory_order
-from fastai_lsuv.recording.sampling import distance
 
 SAMPLE = 2**16  # values of one parameter, or somewhat more or less, evenly spread; all of a smaller one
 

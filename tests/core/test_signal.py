@@ -11,7 +11,7 @@ from torch import nn
 from zoo import ARCHITECTURES, architecture
 
 from fastai_lsuv import lsuv_
-from fastai_lsuv.core.signal import signal, signal_share
+from fastai_lsuv.core.signal import shares, signal
 from fastai_lsuv.demo import digits_dls, plain_cnn
 
 ENOUGH = 0.02
@@ -19,7 +19,7 @@ ENOUGH = 0.02
 
 def share(x):
     found = signal(x)
-    return signal_share(found.over_batch.item(), found.of_all.item())
+    return shares(found.over_batch.item(), found.of_all.item(), found.cosine.item())[0]
 
 
 def exact(x):
@@ -84,6 +84,38 @@ def test_a_batch_of_one_has_none_and_is_not_said_to_be_lost():
     assert report.verdict == "healthy"
 
 
+def angle(x):
+    found = signal(x)
+    return shares(found.over_batch.item(), found.of_all.item(), found.cosine.item())[1]
+
+
+def exact_angle(x):
+    "By the definition, pair by pair."
+    x = x.double().flatten(1)
+    x = x - x.mean(0)
+    cosines = [torch.cosine_similarity(a, b, dim=0) for i, a in enumerate(x) for b in x[:i]]
+    return (1 - torch.stack(cosines).square().mean()).sqrt().item()
+
+
+@pytest.mark.parametrize("shape", [(8, 64, 28, 28), (100, 512), (16, 5)], ids=str)
+@pytest.mark.parametrize("common", [0.0, 3.0])
+def test_the_angle_between_samples(shape, common):
+    x = torch.randn(shape) + common * torch.randn(shape[0], *[1] * (len(shape) - 1)) * torch.randn(1, *shape[1:])
+    assert angle(x + 5) == pytest.approx(exact_angle(x), abs=ENOUGH)
+
+
+def test_on_one_line_there_is_no_angle_though_the_signal_is_all_there():
+    x = torch.randn(64, 1) ** 3 * torch.randn(1, 100)
+    assert share(x) > 0.9
+    assert angle(x) < 1e-3
+    assert angle(torch.randn(64, 100)) > 0.98
+
+
+@pytest.mark.parametrize("x", [torch.randn(2, 8), torch.randn(8, 1), torch.randn(8)], ids=lambda x: str(x.shape))
+def test_of_two_samples_or_of_one_value_each_there_is_none(x):
+    assert math.isnan(angle(x))
+
+
 def test_it_dies_in_a_deep_network_at_std_1():
     net, x = plain_cnn(depth=60, act=nn.Sigmoid), digits_dls().one_batch()[0]
     report = lsuv_(net, x)
@@ -94,6 +126,6 @@ def test_it_dies_in_a_deep_network_at_std_1():
 
 def test_it_takes_a_view_and_a_few_operations():
     with Counts() as counts:
-        signal(torch.randn(16, 64, 28, 28))
-    assert counts.total - 1 <= 6  # but for the numbers themselves
+        signal(torch.randn(16, 64, 28, 28), with_angle=False)
+    assert counts.total - 2 <= 6  # but for the numbers themselves
     assert counts.bytes < 4 * 2 * 16 * 64 * 28 * 28, "reads a part only"
