@@ -41,8 +41,8 @@ from fastai_lsuv.demo import ACTIVATIONS, fashion_dls
 from fastai_lsuv.init import critical_std, delta_orthogonal_, looks_linear_
 
 CSV = Path(__file__).parent / "study.csv"
-MEASURED = ["n_layers", "has_norms", "signal_last", "signal_min", "grad_first", "grad_max", "grad_min", "verdict"]
-COLUMNS = [*MEASURED, "accuracy", "seconds"]
+MEASURED = ["n_layers", "has_norms", "std", "signal", "angle", "left", "least_left", "grad", "excess", "verdict"]
+COLUMNS = [*MEASURED, "taken", "accuracy", "seconds"]
 
 # --- networks, for images of 14x14 --------------------------------------------------------------------------------------
 
@@ -147,8 +147,8 @@ class Run:
     seed: int
 
 
-def initialised(run: Run) -> nn.Module:
-    "The run's network before training."
+def initialised(run: Run) -> tuple[nn.Module, str]:
+    "The run's network before training, and what `init=\"auto\"` says of its choice."
     set_seed(run.seed)
     model = NETS[run.net](run.act, run.depth, run.width)
     if run.init in CLASSICAL:
@@ -160,8 +160,8 @@ def initialised(run: Run) -> nn.Module:
         options = dict(LSUV[run.init])
         if run.init == "LSUV mirrored":
             options["std"] = critical_std(ACTIVATIONS[run.act](), run.depth)
-        lsuv_(model, sample(), **options)
-    return model
+        return model, lsuv_(model, sample(), **options).init
+    return model, ""
 
 
 # --- one run ------------------------------------------------------------------------------------------------------------
@@ -178,23 +178,39 @@ def sample() -> torch.Tensor:
 
 
 def measured(model: nn.Module) -> dict[str, object]:
-    "What the report says of a network, as `MEASURED`."
-    import sys
+    """What the report says of a network as it stands, as `MEASURED`.
 
-    sys.path.append(str(Path(__file__).parent.parent / "tests"))
-    from audit import elasticity, signal
-
-    s, g = pd.Series(signal(model, sample())), pd.Series(elasticity(model, sample()[:32]))
-    hidden = s.iloc[:-1]
+    Standard deviation, signal and angle are those of the last hidden layer; `left` is the product of signal and angle
+    there or at the head, whichever is more, and `least_left` the least of the hidden layers. `grad` is the elasticity of
+    the first layer, and `excess` that over what a linear network with as many values there has.
+    """
+    report = lsuv_(model, sample(), mean=None, std=None)
+    rows = report.to_frame()
+    left, hidden = rows.signal_after * rows.angle_after.fillna(1), rows.iloc[:-1]
     norms = any("Norm" in type(m).__name__ for m in model.modules())
-    return dict(zip(MEASURED, [len(s), norms, hidden.iloc[-1], hidden.min(), g.iloc[0], g.max(), g.min(), ""]))
+    values = [len(rows), norms, *hidden.iloc[-1][["std_after", "signal_after", "angle_after"]]]
+    values += [left.iloc[-2:].max(), left.iloc[:-1].min(), rows.grad_after.iloc[0]]
+    values += [rows.grad_after.iloc[0] / (n_values(model) / 10) ** 0.5, report.verdict]
+    return dict(zip(MEASURED, values, strict=True))
+
+
+def n_values(model: nn.Module) -> int:
+    "Of an image, at the output of the first layer."
+    first = next(m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+    sizes: list[int] = []
+    handle = first.register_forward_hook(lambda m, args, out: sizes.append(out.numel()))
+    with torch.no_grad():
+        model.eval()(sample()[:1])
+    handle.remove()
+    model.train()
+    return sizes[0]
 
 
 def train(run: Run) -> dict[str, object]:
     "What `COLUMNS` hold. Seconds are those of the processor."
     start = time.process_time()
-    model = initialised(run)
-    found = measured(model)
+    model, taken = initialised(run)
+    found = measured(model) | {"taken": taken}
     set_seed(run.seed)
     adam = partial(OptimWrapper, opt=partial(torch.optim.Adam, fused=True))
     learn = Learner(data(), model, opt_func=adam, metrics=accuracy)
