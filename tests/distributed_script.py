@@ -218,7 +218,7 @@ def fails(rank, where, kind, on=1):
     result = {"own": own}
     with together(learn):
         try:
-            learn.fit(1, cbs=LSUVCallback(None if where == "data" else batch))
+            learn.fit(1, cbs=LSUVCallback(batch=None if where == "data" else batch))
         except BaseException as e:
             result |= {"error": type(e).__name__, "text": str(e)}
         result |= {
