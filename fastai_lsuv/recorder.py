@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Literal
 from weakref import ref
 
-from fastai.callback.core import Callback
+import pandas as pd
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import LRFinder
 from fastai.torch_core import rank_distrib
 from torch import nn
 
-from fastai_lsuv.core.modules import plain
+from fastai_lsuv.core.modules import has_parameters, plain
 from fastai_lsuv.core.selection import Choice
 from fastai_lsuv.learner.loop import at_end_of_next_stage, came_through_fit, phase_of_batch
+from fastai_lsuv.recording.arguments import check, check_names
 from fastai_lsuv.recording.budget import Budget, Clock, DeviceClock
 from fastai_lsuv.recording.capture import Capture, columns
 from fastai_lsuv.recording.history import History, Layer, Record
-from fastai_lsuv.recording.layers import is_known, recorded_layers
+from fastai_lsuv.recording.layers import has_matrix, is_known, recorded_layers
+from fastai_lsuv.recording.live import LiveChart
 from fastai_lsuv.recording.logs import CSVLog, logs_to_wandb, to_tensorboard, to_wandb
 from fastai_lsuv.recording.reading import Reading
 from fastai_lsuv.recording.session import Session, Where
+from fastai_lsuv.recording.verdicts import diagnosis
 
 
 class ActivationStatsRecorder(Reading, Callback):
@@ -68,10 +74,11 @@ class ActivationStatsRecorder(Reading, Callback):
     # nothing that they do is seen, and they find no hook on the model.
     order = math.inf
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         modules: Choice = None,  # any modules, as for `lsuv_`; `None`: every leaf but PyTorch's for pooling, …
         exclude: Choice = None,  # the same forms: these, and everything beneath them, are left out
+        *,
         every: int | Literal["auto"] = 1,  # each n-th batch of training (and validation); "auto": at 2 % of the time
         with_hist: bool = False,  # histograms, too: `sampling.HIST_BINS` bins over `HIST_RANGE`
         with_grad: bool = False,  # mean and std of the gradient of each output, loss scaling taken out
@@ -79,19 +86,25 @@ class ActivationStatsRecorder(Reading, Callback):
         near_zero: float = 0.05,  # |x| up to this counts as near zero
         max_records: int = 2000,  # kept in memory; when full, every other old one is dropped
         fname: str | Path | None = None,  # CSV file in `learn.path`: written after every epoch, an old one continued
-        verbose: bool = True,  # say at the end of a fit what could not be recorded
+        stop_on: str | Collection[str] | Callable[[pd.DataFrame], Any] = (),  # verdicts that end the fit, or a function
+        live: bool = False,  # in a notebook, draw `plot_stats()` anew while it trains, at 1 % of the time
+        verbose: bool = True,  # say at the end of a fit what is wrong, and what could not be recorded
+        **unknown: Any,
     ) -> None:
-        _check(every=every, near_zero=near_zero, max_records=max_records)
+        check_names(unknown, [*inspect.signature(ActivationStatsRecorder).parameters][:-1])
+        check(modules, every, near_zero, max_records, stop_on)
         super().__init__()
         self.modules, self.exclude, self.every, self.with_hist = modules, exclude, every, with_hist
         self.with_grad, self.valid, self.near_zero = with_grad, valid, near_zero
-        self.fname, self.verbose = fname, verbose
+        self.fname, self.live, self.verbose = fname, live, verbose
+        self.stop_on = (stop_on,) if isinstance(stop_on, str) else stop_on
         self.run_valid = valid
         self._history = History(max_records, columns(with_hist, with_grad))
         self._csv: CSVLog | None = None
         self._fits = self._steps = 0  # so far
         self._model: ref[nn.Module] | None = None  # of the last fit that was recorded
         self._session: Session | None = None  # none: this fit is not recorded
+        self._chart: LiveChart | None = None
 
     # when: real batches of real fits
 
@@ -109,10 +122,11 @@ class ActivationStatsRecorder(Reading, Callback):
         model = plain(learn.model)
         if self._model is not None and self._model() is not model:
             self._history.start_over()
-        places = self._history.add_layers({n: Layer(type(m).__name__, is_known(m)) for n, m in layers.items()})
-        capture, budget = Capture([*layers.values()], self.with_grad), Budget(_clock_of(model))
+        places = self._history.add_layers({name: _described(module) for name, module in layers.items()})
+        capture, budget = Capture(model, [*layers.values()], self.with_grad), Budget(_clock_of(model))
         self._model, self._session = ref(model), Session(self._fits, self._steps, [*layers], places, capture, budget)
         self._fits += 1
+        self._chart = LiveChart(self._stats_figure) if self.live else None
         at_end_of_next_stage(learn, self._look_away)
 
     def before_batch(self) -> None:
@@ -158,7 +172,32 @@ class ActivationStatsRecorder(Reading, Callback):
         """Compute what the samples show."""
         if self._session is not None and phase_of_batch(self.learn) is not None:
             self._session.n_batches += 1
+            was_recorded = self._session.is_watched
             self._end_batch()
+            if self._chart is not None:
+                self._chart.refresh()
+            if was_recorded and self.stop_on:
+                self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        """End the fit if what has been recorded so far is reason enough; this waits for the device."""
+        assert self._session is not None
+        self._flush()
+        if callable(self.stop_on):
+            reason = self.stop_on(self.summary())
+        else:
+            reason = diagnosis(self._history.facts(), self.stop_on)
+        if reason:
+            self._session.is_stopped = True
+            if self.verbose:
+                print(f"ActivationStatsRecorder: stopped after step {self._steps - 1}, as asked for" + f": {reason}")
+            raise CancelFitException
+
+    def after_cancel_train(self) -> None:
+        """Keep the batch in which it was cancelled, before anything else is done to the weights."""
+        self._end_batch()
+
+    after_cancel_epoch = after_cancel_train
 
     def after_epoch(self) -> None:
         """Bring everything to where it is kept."""
@@ -176,10 +215,15 @@ class ActivationStatsRecorder(Reading, Callback):
         """The same, say what could not be recorded, and let go of the model."""
         if self._session is not None and came_through_fit(self.learn):
             self._end_batch()
-            complaint = self._session.complaint()
+            session = self._session
             self._let_go()
-            if self.verbose and complaint:
-                print(f"ActivationStatsRecorder: {complaint}")
+            lines = [session.complaint()]
+            if session.n_recorded and not session.is_stopped:
+                lines.append(diagnosis(self._history.facts()))
+            if self._chart is not None:
+                self._chart.refresh(at_end=True)
+            for line in filter(None, lines if self.verbose else []):
+                print(f"ActivationStatsRecorder: {line}")
 
     def _end_batch(self) -> None:
         """Keep the batch at hand, if there is one, and count it."""
@@ -219,22 +263,14 @@ class ActivationStatsRecorder(Reading, Callback):
     def __getstate__(self) -> dict[str, Any]:
         """With the history, without the model and what is on its device."""
         self._flush()
-        return super().__getstate__() | {"_session": None, "_model": None}
+        return super().__getstate__() | {"_session": None, "_model": None, "_chart": None}
+
+
+def _described(module: nn.Module) -> Layer:
+    return Layer(type(module).__name__, is_known(module), has_parameters(module), has_matrix(module))
 
 
 def _clock_of(model: nn.Module) -> Clock:
     """What tells how long its steps take."""
     on_cuda = any(p.is_cuda for p in model.parameters())
     return DeviceClock() if on_cuda else Clock()
-
-
-def _check(every: Any, near_zero: Any, max_records: Any) -> None:
-    for name, value in (("every", 1 if every == "auto" else every), ("max_records", max_records)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name}={value!r}: expected a whole number")
-        if value < 1:
-            raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
-    if not isinstance(near_zero, (int, float)) or isinstance(near_zero, bool):
-        raise TypeError(f"near_zero={near_zero!r}: expected a number")
-    if not near_zero >= 0:
-        raise ValueError(f"near_zero={near_zero!r}: expected a number of at least 0")

@@ -20,6 +20,21 @@ from witness import Witness, assert_as_seen, hooks_on, records, skin
 
 from fastai_lsuv import ActivationStatsRecorder, LSUVCallback
 
+COLUMNS = [
+    "fit",
+    "epoch",
+    "step",
+    "phase",
+    "layer",
+    "mean",
+    "std",
+    "near_zero",
+    "sparsity",
+    "at_limit",
+    "signal",
+    "update",
+    "dead_units",
+]
 LAYERS = ["0.0", "0.1", "0.2", "0.3", "1.0", "1.1", "1.3"]
 
 
@@ -49,7 +64,7 @@ def test_a_record_for_each_training_batch(make):
     assert len(seen) == 6
     assert_as_seen(rec, seen)
     frame = rec.to_frame()
-    assert list(frame.columns) == ["fit", "epoch", "step", "phase", "layer", "mean", "std", "near_zero"]
+    assert list(frame.columns) == COLUMNS
     assert [*frame.groupby("step", sort=False).epoch.first()] == [0, 0, 0, 1, 1, 1] and [*frame.step.unique()] == [
         *range(6)
     ]
@@ -62,7 +77,7 @@ def test_a_record_for_each_training_batch(make):
 def test_before_the_first_fit_it_is_empty_but_readable():
     rec = ActivationStatsRecorder()
     assert rec.layer_names == [] and len(rec.to_frame()) == 0 and len(rec.stats) == 0 and len(rec.summary()) == 0
-    assert list(rec.to_frame().columns) == ["fit", "epoch", "step", "phase", "layer", "mean", "std", "near_zero"]
+    assert list(rec.to_frame().columns) == COLUMNS
 
 
 def context(learn):

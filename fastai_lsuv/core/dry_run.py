@@ -25,6 +25,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword argument
 Before = Callable[[nn.Module, Call], None]
 After = Callable[[nn.Module, Call, Any], Any]  # (module, call, output); what isn't None replaces the output
 Run = Callable[[Call], Any]
+Kept = tuple[dict[Tensor, Tensor], dict[nn.Module, Any]]  # values of weights, and biases that blocks expose
 OnLayer = Callable[[], None]  # a module that a pass looks at has run
 
 
@@ -57,14 +58,23 @@ class DryRun:
 
     # passes
 
-    def forward(self, after: Mapping[nn.Module, After], before: Mapping[nn.Module, Before] | None = None) -> None:
-        """Run a fresh copy of the model; `before` and `after` are called with the modules of the model itself."""
+    def forward(
+        self,
+        after: Mapping[nn.Module, After],
+        before: Mapping[nn.Module, Before] | None = None,
+        part: Callable[[Call], Call] | None = None,
+        with_grad: bool = False,
+    ) -> None:
+        """Run a fresh copy of the model; `before` and `after` are called with the modules of the model itself.
+
+        On the whole batch, or a part of it, which doesn't count as a pass.
+        """
         self._random.restore()
         copy, before = self._fresh_copy(), before or {}
-        with as_in_training(self._with_grad):
+        with as_in_training(self._with_grad or with_grad):
             for module in {**before, **after}:
                 _Watched(self._copies[module], module, before.get(module), after.get(module), self._on_layer)
-            args, kwargs = copied(self.call)
+            args, kwargs = copied(part(self.call) if part else self.call)
             guard = register_module_forward_pre_hook(self._refuse_original)
             try:
                 copy(*args, **kwargs)
@@ -77,7 +87,7 @@ class DryRun:
                 for module in {**before, **after}:  # a cycle would keep it alive until the next garbage collection
                     del vars(self._copies[module])["forward"]
                 self._copies = {}
-        self.n_forward += 1
+        self.n_forward += part is None
 
     def _refuse_original(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Pre-hook of all modules there are: one of the model itself is not to run."""
@@ -171,6 +181,23 @@ class DryRun:
             weight.data.copy_(self._original[weight])  # also where they are equal: -0.0 and 0.0 are
         self._kept.difference_update(weights)
         return any(differs for (differs,) in differ)
+
+    def kept_state(self) -> Kept:
+        """Return a copy of what is kept so far."""
+        return {w: w.detach().clone() for w in self._kept}, {**self.biases}
+
+    def begin_again(self) -> None:
+        """Give up what is kept."""
+        self.put_back([*self._kept])
+        self.biases = {}
+
+    def restore(self, kept: Kept) -> None:
+        """Keep again what was kept once."""
+        self.begin_again()
+        values, self.biases = kept
+        for w, value in values.items():
+            w.data.copy_(value)
+        self.keep(values)
 
     def hand_over(self) -> None:
         """Give the model what was kept: the weights in one call, which nothing interrupts halfway."""

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from numbers import Integral, Real
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from fastai_lsuv.core.errors import shown
 from fastai_lsuv.core.selection import Choice
 from fastai_lsuv.core.target import Target
+
+AUTO: Literal["auto"] = "auto"  # an `init`: chosen from what is measured
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -47,7 +49,7 @@ class Options:
     per_channel: bool = False
     modules: Choice = None
     exclude: Choice = None
-    init: Callable[..., Any] | None = None
+    init: Callable[..., Any] | Literal["auto"] | None = None
     tol: float = 1e-3
     max_iter: int = 10
     residual: bool = False
@@ -75,8 +77,10 @@ class Options:
         for name in ("per_channel", "residual"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={shown(getattr(self, name))}: expected True or False")
-        if self.init is not None and not callable(self.init):
-            raise TypeError(f"init={shown(self.init)}: expected an in-place initialiser such as nn.init.orthogonal_")
+        init: Any = self.init
+        if not (init is None or init == AUTO or callable(init)):
+            expected = "an in-place initialiser such as nn.init.orthogonal_, or 'auto'"
+            raise TypeError(f"init={shown(init)}: expected {expected}")
 
     @property
     def target(self) -> Target:

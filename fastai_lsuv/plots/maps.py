@@ -27,14 +27,18 @@ MAX_NAME = 40  # characters of each
 
 
 def plot_dead(
-    frame: pd.DataFrame,  # tidy: columns `fit, epoch, step, phase, layer, near_zero`
+    frame: pd.DataFrame,  # tidy: columns `fit, epoch, step, phase, layer, near_zero`, perhaps `dead_units`
 ) -> Figure:
-    """Draw the share of near-zero activations: a row a layer, the first one on top, a column a training record.
+    """Draw how much is dead: a row a layer, the first one on top, a column a training record.
 
-    The scale is 0 to 100 % in every figure. A layer that wasn't called in a record leaves a hatched patch there.
+    Of each layer the share of near-zero activations, or of dead units, whichever is larger: what a functional ReLU
+    kills in the layer before it isn't near zero there. The scale is 0 to 100 % in every figure. A layer that wasn't
+    called in a record leaves a hatched patch there.
     """
     layers = list(frame["layer"].unique())
     rows = frame[frame["phase"] == "train"]
+    if "dead_units" in rows:
+        rows = rows.assign(near_zero=rows[["near_zero", "dead_units"]].max(axis=1))
     shares = rows.pivot_table(index="layer", columns="step", values="near_zero", dropna=False).reindex(layers)
 
     fig = new_figure(width=11.0, height=min(2.0 + 0.17 * len(layers), 16.0))
@@ -46,7 +50,8 @@ def plot_dead(
     names = [shortened(layer or "(model)", MAX_NAME) for layer in layers[::every]]
     ax.set_yticks(range(0, len(layers), every), names, fontsize="small")
     ax.set_xlabel("step, in training batches")
-    _color_bar(fig, ax, image, "share near zero", format=PercentFormatter(1.0))
+    shown = "share near zero" + ", or of dead units" * ("dead_units" in frame)
+    _color_bar(fig, ax, image, shown, format=PercentFormatter(1.0))
     finish(fig, _dead_title(shares))
     return fig
 

@@ -1,7 +1,8 @@
 """What all figures have in common: paper, ink, scales, names, and the marks of time.
 
-A figure is its caller's only: pyplot, its current figure and `rcParams` are left alone, and colours are explicit, so
-that it looks the same in a dark notebook.
+Figures are pyplot's, as fastai's are: a notebook shows each at the end of its cell, and `plt.show()` in a script.
+What users get are the axes, which a notebook doesn't show a second time. `rcParams` are left alone, and colours are
+explicit, so that a figure looks the same in a dark notebook.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -27,6 +29,7 @@ __all__ = [
     "finish",
     "mark_epochs",
     "new_figure",
+    "panels",
     "scale_mean",
     "scale_std",
     "shortened",
@@ -44,12 +47,8 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 
-class _DisplayedFigure(Figure):
-    """A `Figure` that a notebook shows once, and that looks the same in any style.
-
-    Unlike pyplot's, a plain `Figure` isn't shown at the end of a cell, and as a cell's value it is shown only where
-    pyplot's inline backend was switched on before. There, IPython prefers that backend's formatter to this method.
-    """
+class _Figure(Figure):
+    """A `Figure` that looks the same in any style."""
 
     def _repr_png_(self) -> bytes:
         png = BytesIO()
@@ -68,8 +67,14 @@ class _DisplayedFigure(Figure):
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, that pyplot doesn't know."""
-    return _DisplayedFigure(figsize=(width, height), layout="constrained", facecolor="white")
+    """An empty figure of pyplot's, in inches."""
+    return plt.figure(figsize=(width, height), layout="constrained", facecolor="white", FigureClass=_Figure)
+
+
+def panels(fig: Figure) -> npt.NDArray[np.object_]:
+    """Its axes but for colour bars, as `plt.subplots` gives them: for those to whom the figure is shown anyway."""
+    axes = [ax for ax in fig.axes if ax.get_label() != "<colorbar>"]
+    return np.array([*axes, None], dtype=object)[:-1]  # never taken for a table
 
 
 def finish(fig: Figure, title: str) -> None:

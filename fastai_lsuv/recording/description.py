@@ -10,7 +10,8 @@ from torch import Tensor
 from fastai_lsuv.recording.layout import CHUNK, Layout
 
 FEATURES = ("mean", "std", "near_zero", "sparsity", "at_limit", "signal")  # see `describe`
-HIST_BINS, HIST_RANGE = 40, (0.0, 10.0)  # as in fastai's `ActivationStats`: `histc(40, 0, 10)`
+# As many bins as in fastai's `ActivationStats` and as wide, but of both signs; the outermost hold what lies beyond.
+HIST_BINS, HIST_RANGE = 40, (-5.0, 5.0)
 _SPARSE = 0.05  # of the std: nearer to 0 than this is nothing beside the rest
 _LIMIT = 0.05  # of the range of sizes: nearer to its upper end than this is at the limit
 _SCALES = (1e-30, 1e30)  # divided by numbers between these, the squares of any values are in the range of float32
@@ -26,18 +27,19 @@ def describe(
 
     `mean` and (unbiased) `std`; `near_zero`, the share of |x| <= near_zero; `sparsity`, the share that is nearly zero
     beside the std, whatever the scale; `at_limit`, the share of sizes near the largest: of a saturated tanh nearly all,
-    of a saturated sigmoid half; `signal`, the part of the std that differs from one half of the batch to the other, 0
-    to about 1 (NaN of an odd batch). Several samples of a layer count as one; NaN for a layer that has none.
+    of a saturated sigmoid half; `signal`, the part of the std that is due to the input: the std over the batch at the
+    same place, in the whole std, 0 to 1 (NaN of a single input). Several samples of a layer count as one; NaN for a
+    layer that has none.
     """
     values = buffer.view(-1)
     size = _looked_up(values, layout.fewer).abs_()
     low, high = size.amin(1, keepdim=True), size.amax(1, keepdim=True)
-    mean, std = _moments(buffer, layout, high)
+    mean, std, signal = _moments(buffer, layout, high)
     at_limit = (size - (high - _LIMIT * (high - low))).ge_(0.0).mean(1) * layout.are_many
     sparsity = (size - _SPARSE * std.nan_to_num(0.0)[:, None]).le_(0.0).mean(1)
     few = values.index_select(0, layout.few)
     near = _of_each(few.abs().le_(near_zero).view(-1, CHUNK).sum(1), layout.few_table) / layout.few_counts
-    features = torch.stack([mean, std, near, sparsity, at_limit, _signal(values, layout) / std], 1)
+    features = torch.stack([mean, std, near, sparsity, at_limit, signal], 1)
     if with_hist:
         features = torch.cat([features, _histogram(few, layout)], 1)
     return _of_layers(features, layout)
@@ -46,7 +48,7 @@ def describe(
 def describe_moments(buffer: Tensor, layout: Layout) -> Tensor:
     """Mean and std only: (layers, 2)."""
     high = _looked_up(buffer.view(-1), layout.fewer).abs_().amax(1, keepdim=True)
-    return _of_layers(torch.stack(_moments(buffer, layout, high), 1), layout)
+    return _of_layers(torch.stack(_moments(buffer, layout, high)[:2], 1), layout)
 
 
 def _looked_up(values: Tensor, places: Tensor) -> Tensor:
@@ -59,15 +61,15 @@ def _of_each(of_rows: Tensor, table: Tensor) -> Tensor:
     return _looked_up(of_rows, table).sum(1)
 
 
-def _moments(buffer: Tensor, layout: Layout, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased std of each sample; `high`, (samples, 1), tells the order of size of its values."""
+def _moments(buffer: Tensor, layout: Layout, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, unbiased std and signal of each sample; `high`, (samples, 1), tells the order of size of its values."""
     mean = _of_each(buffer.sum(1), layout.row_table) / layout.counts
     scale = _scale(high)
     centred = (buffer - mean[layout.sample_of_row, None]).mul_(scale.reciprocal()[layout.sample_of_row])
     centred.view(-1).index_fill_(0, layout.padding, 0.0)
     squares = _of_each(torch.linalg.vector_norm(centred, dim=1).square_(), layout.row_table)
     std = (squares / (layout.counts - 1)).sqrt_() * scale[:, 0]  # of one value 0 / 0: NaN
-    return mean, std
+    return mean, std, _signal(centred, squares, layout)
 
 
 def _scale(high: Tensor) -> Tensor:
@@ -75,25 +77,27 @@ def _scale(high: Tensor) -> Tensor:
     return torch.where(high > 0, high, 1.0).clamp(*_SCALES)
 
 
-def _signal(values: Tensor, layout: Layout) -> Tensor:
-    """How far the halves of the batch differ in the same places, as a std."""
-    difference = _looked_up(values, layout.first_half).sub_(_looked_up(values, layout.second_half))
-    return torch.linalg.vector_norm(difference, dim=1) * layout.signal_scale
+def _signal(centred: Tensor, squares: Tensor, layout: Layout) -> Tensor:
+    """Std over the batch at the same place in the whole std, by the sums of squares: analysis of variance."""
+    sums = centred.new_zeros(layout.groups + 2, CHUNK).index_add_(0, layout.group_of_row, centred)
+    between = _of_each(torch.linalg.vector_norm(sums, dim=1).square_(), layout.group_table) / layout.parts
+    within = torch.where(squares > 0, (1 - between / squares).clamp_(min=0.0), squares)  # of a constant: 0
+    return (within * layout.signal_scale).sqrt_()
 
 
 def _histogram(few: Tensor, layout: Layout) -> Tensor:
-    """`histc(HIST_BINS, *HIST_RANGE)` of each sample, scaled up to all values; the end of the range is outside.
+    """Counts of each sample in `HIST_BINS` over `HIST_RANGE`, scaled up to all values.
 
     By arithmetic alone, for all samples at once: `histc` takes several times as long.
     """
     low, high = HIST_RANGE
-    width, samples = HIST_BINS + 2, len(layout.spots)
-    place = ((few - low) * (HIST_BINS / (high - low)) + 1).clamp_(0, width - 1)  # 0: below, width - 1: above
-    place = place.long().clamp_(min=0).view(-1, CHUNK)  # NaN, as a whole number, is far below
+    width, samples = HIST_BINS + 1, len(layout.spots)
+    place = ((few - low) * (HIST_BINS / (high - low)) + 1).clamp_(1, HIST_BINS)
+    place = place.nan_to_num_(0.0).long().view(-1, CHUNK)  # 0: NaN
     bins = place.add_(width * layout.sample_of_few[:, None]).view(-1)
     counts = few.new_zeros(samples * width).scatter_add_(0, bins, few.new_ones(()).expand(len(bins)))
     of_all = layout.sample_sizes / layout.few_counts
-    return counts.view(samples, width)[:, 1:-1] * of_all[:, None]
+    return counts.view(samples, width)[:, 1:] * of_all[:, None]
 
 
 def _of_layers(samples: Tensor, layout: Layout) -> Tensor:

@@ -11,12 +11,17 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from fastai_lsuv.recording.verdicts import verdict
+from fastai_lsuv.recording.verdicts import Facts, verdicts
 
 Floats = npt.NDArray[np.floating]
 INDEX = ("fit", "epoch", "step", "phase")
-_RUNNING = ("first_std", "last_std", "min_std", "max_std", "max_near_zero")
-HIDDEN = ("sparsity", "at_limit", "signal", "hist")  # columns that verdicts and histograms are made from
+# Of all training records: extremes of the std and the near-zero share; of those of the last fit, sums of the updates.
+_RUNNING = ("first_std", "last_std", "min_std", "max_std", "max_near_zero", "log_update", "n_changes", "n_updates")
+_OF_FIT = _RUNNING.index("log_update")  # from here on
+_SHOWN = (
+    "type", "first_std", "last_std", "min_std", "max_std", "max_near_zero", "last_mean", "signal", "dead_units",
+    "last_update", "verdict", "because",
+)  # fmt: skip
 
 
 class Layer(NamedTuple):
@@ -24,6 +29,8 @@ class Layer(NamedTuple):
 
     type: str
     is_known: bool  # what it does: otherwise it may be one that hands on what it gets
+    has_parameters: bool = True
+    has_matrix: bool = True  # a parameter of more than one dimension
 
 
 class Record(NamedTuple):
@@ -57,17 +64,21 @@ class History:
         self._spacing = 1
         self._running: Floats = np.empty((0, len(_RUNNING)))
         self._latest: Floats = np.empty((0, len(self.columns)))
+        self._last: tuple[int, int] | None = None  # fit and epoch of the latest training record
+        self._dead: Floats = np.empty((0, 1))  # units that were dead at the end of the last epoch
 
     def add_layers(self, layers: Mapping[str, Layer]) -> list[int]:
         """Make room for layers; returns the place of each in a record's values, the old one of a known name."""
         self.layers |= layers
         self.names = [*self.layers]
-        self._running, self._latest = (_padded(table, len(self.names)) for table in (self._running, self._latest))
+        tables = (self._running, self._latest, self._dead)
+        self._running, self._latest, self._dead = (_padded(table, len(self.names)) for table in tables)
         return [self.names.index(name) for name in layers]
 
     def start_over(self) -> None:
         """Another model is judged by its own records only."""
-        self._running, self._latest = (np.full_like(table, np.nan) for table in (self._running, self._latest))
+        tables = (self._running, self._latest, self._dead)
+        self._running, self._latest, self._dead = (np.full_like(table, np.nan) for table in tables)
 
     def placed(self, values: Floats, places: Sequence[int]) -> Floats:
         """Values of some layers in their places among all."""
@@ -78,6 +89,7 @@ class History:
     def add(self, record: Record) -> None:
         """Store one record, and drop others if there are too many."""
         if record.phase == "train":
+            self._begin(record)
             self._note(record.values)
         if self.records and self._numbers[-1] % self._spacing:  # it was held as the newest only
             self.records.pop()
@@ -95,16 +107,28 @@ class History:
         kept = [*old[: self.max_records - 1], newest]
         self.records, self._numbers = [self.records[i] for i in kept], [self._numbers[i] for i in kept]
 
+    def _begin(self, record: Record) -> None:
+        """Keep what an epoch has shown where this record begins another, and sum updates anew where it begins a fit."""
+        fit, epoch = self._last or (None, None)
+        if (fit, epoch) != (record.fit, record.epoch):
+            self._dead = self._latest[:, [self.columns.index("dead_units")]]
+        if fit != record.fit:
+            self._running[:, _OF_FIT:] = 0.0
+        self._last = record.fit, record.epoch
+
     def _note(self, values: Floats) -> None:
-        """Keep the extremes up to date, and each layer's latest values."""
-        mean, std, near_zero = (values[:, self.columns.index(name)] for name in ("mean", "std", "near_zero"))
+        """Keep the running numbers up to date, and each layer's latest values."""
+        names = ("mean", "std", "near_zero", "update")
+        mean, std, near_zero, update = (values[:, self.columns.index(name)] for name in names)
         ran = ~np.isnan(near_zero)
         std = np.where(ran & ~np.isfinite(mean), np.inf, std)
-        first, _, low, high, most = self._running.T
+        first, _, low, high, most, log_update, n_changes, n_updates = self._running.T
         last = np.where(np.isnan(std), self._running[:, 1], std)
         first = np.where(np.isnan(first), std, first)
         extremes = (np.fmin(low, std), np.fmax(high, std), np.fmax(most, near_zero))
-        self._running = np.stack([first, last, *extremes], 1)
+        changed = (update > 0) & np.isfinite(update)
+        sums = log_update + np.log(update.clip(min=1e-30), where=changed, out=np.zeros_like(std)), n_changes + changed
+        self._running = np.stack([first, last, *extremes, *sums, n_updates + ~np.isnan(update)], 1)
         self._latest = np.where(ran[:, None], values, self._latest)
 
     # reading
@@ -142,7 +166,7 @@ class History:
         ran = ~np.isnan(table[:, :, self.columns.index("near_zero")])
         at, layer = np.nonzero(ran)
         index = {name: np.array([getattr(record, name) for record in records])[at] for name in INDEX}
-        visible = {name: table[:, :, i][ran] for i, name in enumerate(self.columns) if name not in HIDDEN}
+        visible = {name: table[:, :, i][ran] for i, name in enumerate(self.columns) if name != "hist"}
         return pd.DataFrame(index | {"layer": np.array(self.names, dtype=object)[layer]} | visible)
 
     def _stacked(self, records: Sequence[Record]) -> Floats:
@@ -150,18 +174,33 @@ class History:
         shape = (len(records), len(self.names), len(self.columns))
         return np.stack([_padded(r.values, len(self.names)) for r in records]) if records else np.empty(shape)
 
-    def summary(self) -> pd.DataFrame:
-        """One row for each layer that ran: its type, extremes over all training records, and a verdict."""
-        running = pd.DataFrame(self._running, columns=list(_RUNNING), index=pd.Index(self.names, name="layer"))
-        running.insert(0, "type", [layer.type for layer in self.layers.values()])
-        latest = pd.DataFrame(self._latest, columns=list(self.columns), index=running.index)
-        running["verdict"] = [
-            verdict(of_layer, last, layer.is_known)
-            for (_, of_layer), (_, last), layer in zip(
-                running.iterrows(), latest.iterrows(), self.layers.values(), strict=True
+    def facts(self) -> dict[str, Facts]:
+        """What is known of each layer that ran."""
+        running = (dict(zip(_RUNNING, row, strict=True)) for row in self._running.tolist())
+        latest = (dict(zip(self.columns, row, strict=True)) for row in self._latest.tolist())
+        each = zip(self.layers.items(), running, latest, self._dead[:, 0].tolist(), strict=True)
+        return {
+            name: Facts(
+                **layer._asdict(),
+                **{key: of_all[key] for key in _RUNNING[:_OF_FIT]},
+                **{key: last[key] for key in ("sparsity", "at_limit", "signal")},
+                last_mean=last["mean"],
+                last_update=last["update"],
+                dead_units=float(np.fmin(last["dead_units"], dead)),
+                mean_update=float(np.exp(of_all["log_update"] / of_all["n_changes"])) if of_all["n_changes"] else 0.0,
+                n_updates=int(of_all["n_updates"]),
             )
-        ]
-        return running.dropna(subset="max_near_zero")
+            for (name, layer), of_all, last, dead in each
+            if not np.isnan(of_all["max_near_zero"])
+        }
+
+    def summary(self) -> pd.DataFrame:
+        """One row for each layer that ran: its type, what is known of it, and a verdict with the reason."""
+        facts = self.facts()
+        found = verdicts([*facts.values()])
+        rows = [vars(of_layer) | verdict._asdict() for of_layer, verdict in zip(facts.values(), found, strict=True)]
+        table = pd.DataFrame(rows, index=pd.Index(facts, name="layer", dtype=object))
+        return table.rename(columns={"name": "verdict"}).reindex(columns=_SHOWN)
 
 
 def _padded(table: Floats, n: int) -> Floats:

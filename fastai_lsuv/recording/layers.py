@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastai_lsuv.core.modules import has_parameters, is_scripted, named_modules, open_modules, plain
@@ -37,6 +38,11 @@ def layers_by_default(model: nn.Module) -> list[nn.Module]:
 def is_known(module: nn.Module) -> bool:
     """True if a module has parameters or is one of PyTorch's activations, so that it makes what it puts out."""
     return has_parameters(module) or _home(module) == _ACTIVATIONS
+
+
+def has_matrix(module: nn.Module) -> bool:
+    """True if a module has more than gains and biases."""
+    return any(p.dim() > 1 for p in module.parameters() if not is_lazy(p))
 
 
 def _is_leaf(module: nn.Module) -> bool:

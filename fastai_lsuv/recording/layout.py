@@ -10,9 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastai_lsuv.recording.sampling import FEW, FEWER, Spots, distance
+from fastai_lsuv.core.signal import distance
+from fastai_lsuv.recording.sampling import FEW, FEWER, Spots
 
-CHUNK = 256  # values in a row of the buffer; each sample has whole rows of its own
+CHUNK = 64  # values in a row of the buffer; each row of a sample has whole rows of its own
 _MANY = 100  # of fewer values some are always near their limit
 Indices = npt.NDArray[np.int64]
 
@@ -23,6 +24,9 @@ class Layout:
     Sums over a sample are sums over rows, and then over a table of its rows: the number of operations is the same for
     three samples as for three hundred. The last two rows hold zeros and NaN: tables of different lengths are filled
     up with them. Tables are made on the host and go to the buffer's device without a wait.
+
+    A sample's own rows, one for each part of the batch, begin with a row of the buffer. So what the parts have at the
+    same place stands one below the other, in rows of the buffer that belong to one *group*.
     """
 
     def __init__(
@@ -34,16 +38,16 @@ class Layout:
     ) -> None:
         self.spots, self.device = spots, device
         self.n_values = np.array([s.values for s in spots])
-        self.n_rows = -(-self.n_values // CHUNK)
+        self.wide = np.array([-(-s.size[1] // CHUNK) for s in spots])  # rows of the buffer to each of a sample's own
+        self.n_rows = self.wide * [s.size[0] for s in spots]
         self.rows = int(self.n_rows.sum())  # of samples
         self.starts = _before(self.n_rows) * CHUNK
         self.samples_of_layer = np.bincount(layers, minlength=n_layers)
         self.few_of = {s: _few(s) for s in set(spots)}  # most layers are like others
 
     def region(self, buffer: Tensor, i: int) -> Tensor:
-        """The part of the buffer for sample `i`, in rows of the halves."""
-        start = int(self.starts[i])
-        return buffer.view(-1)[start : start + self.spots[i].values].view(self.spots[i].size)
+        """The part of the buffer for sample `i`, in its rows."""
+        return buffer.as_strided(self.spots[i].size, (int(self.wide[i]) * CHUNK, 1), int(self.starts[i]))
 
     def new_buffer(self) -> Tensor:
         """A buffer without samples, and zeros where none will be."""
@@ -66,9 +70,9 @@ class Layout:
     @cached_property
     def padding(self) -> Tensor:
         """Places in the buffer that belong to no sample."""
-        spare = np.ones((self.rows + 1) * CHUNK, bool)
-        for start, n in zip(self.starts, self.n_values, strict=True):
-            spare[start : start + n] = False
+        spare = np.ones((self.rows + 1, CHUNK), bool)
+        for s, start, wide in zip(self.spots, self.starts // CHUNK, self.wide, strict=True):
+            spare[start : start + s.size[0] * wide].reshape(s.size[0], -1)[:, : s.size[1]] = False
         return self._there(np.flatnonzero(spare))
 
     @cached_property
@@ -114,21 +118,37 @@ class Layout:
         """Whether a sample has so many values that not some of them are always near their limit."""
         return self._there((self.n_values >= _MANY).astype(np.float32))
 
-    @cached_property
-    def first_half(self) -> Tensor:
-        """(samples, about `FEWER`): places of values in the first half of the batch; then places of zeros."""
-        return self._there(self._in_half(0))
+    # of the parts of a batch
 
     @cached_property
-    def second_half(self) -> Tensor:
-        """Places of their counterparts in the second half."""
-        return self._there(self._in_half(1))
+    def groups(self) -> int:
+        """How many groups of rows there are; and one more for each of the last two rows."""
+        return int(self.wide.sum())
+
+    @cached_property
+    def group_of_row(self) -> Tensor:
+        """For each row of the buffer the group of those with which it shares its places."""
+        of_samples = [
+            np.tile(np.arange(first, first + wide), s.size[0])
+            for s, first, wide in zip(self.spots, _before(self.wide), self.wide, strict=True)
+        ]
+        return self._there(np.concatenate([*of_samples, [self.groups, self.groups + 1]]))
+
+    @cached_property
+    def group_table(self) -> Tensor:
+        """(samples, most groups): the groups of each; filled up with that of zeros."""
+        return self._there(_table(self.wide, self.groups))
+
+    @cached_property
+    def parts(self) -> Tensor:
+        """How many rows each sample has."""
+        return self._there(np.array([s.size[0] for s in self.spots], np.float32))
 
     @cached_property
     def signal_scale(self) -> Tensor:
-        """From the norm of their differences to a std; NaN where a batch has no halves."""
-        counts = np.array([len(self._pairs[s]) for s in self.spots], np.float32)
-        return self._there((2 * np.where(counts > 0, counts, np.nan)).astype(np.float32) ** -0.5)
+        """Degrees of freedom of all values over those within places; NaN where there is nothing to compare."""
+        within = np.array([(s.size[0] - 1) * s.size[1] or np.nan for s in self.spots])
+        return self._there(((self.n_values - 1) / within).astype(np.float32))
 
     # of layers
 
@@ -157,18 +177,6 @@ class Layout:
     def _few_rows(self) -> Indices:
         return np.array([-(-len(self.few_of[s]) // CHUNK) for s in self.spots])
 
-    @cached_property
-    def _pairs(self) -> dict[Spots, Indices]:
-        """Places in the first half of a batch, if it has two."""
-        return {s: np.arange(0, s.size[1] * (s.size[0] - 1), distance(s.n, s.size[1] / FEWER)) for s in self.few_of}
-
-    def _in_half(self, which: int) -> Indices:
-        width = max([1, *map(len, self._pairs.values())])
-        table = np.full((len(self.spots), width), self.rows * CHUNK)
-        for line, (s, start) in zip(table, self._each(), strict=True):
-            line[: len(self._pairs[s])] = self._pairs[s] + (start + which * s.size[1])
-        return table
-
     def _each(self) -> Iterator[tuple[Spots, int]]:
         return zip(self.spots, self.starts, strict=True)
 
@@ -177,8 +185,9 @@ class Layout:
 
 
 def _few(spots: Spots) -> Indices:
-    """Places of about `FEW` values of a sample."""
-    return np.arange(0, spots.values, distance(spots.n, spots.values / FEW))
+    """Places of about `FEW` values of a sample in its part of the buffer."""
+    row, column = np.divmod(np.arange(0, spots.values, distance(spots.n, spots.values / FEW)), spots.size[1])
+    return row * (-(-spots.size[1] // CHUNK) * CHUNK) + column
 
 
 def _before(counts: Indices) -> Indices:
@@ -188,7 +197,7 @@ def _before(counts: Indices) -> Indices:
 
 def _table(counts: Indices, fill: int) -> Indices:
     """The numbers of things of which each has so many, one after the other, in lines as long as the longest."""
-    within = np.arange(max(1, counts.max()))
+    within = np.arange(counts.max(initial=1))
     return np.where(within < counts[:, None], _before(counts)[:, None] + within, fill)
 
 

@@ -69,4 +69,5 @@ def _callbacks(learn: Learner, module: str, name: str) -> list[Any]:
 def _scalars(record: dict[Any, Any]) -> dict[str, float]:
     prefix = "" if record["phase"] == "train" else f"{record['phase']}_"
     known = ("fit", "epoch", "step", "phase", "layer")
-    return {f"activations/{record['layer']}/{prefix}{k}": v for k, v in record.items() if k not in known}
+    missing = {k for k in ("signal", "update", "dead_units") if record[k] != record[k]}  # what not every layer has
+    return {f"activations/{record['layer']}/{prefix}{k}": v for k, v in record.items() if k not in missing.union(known)}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from fastcore.foundation import L
@@ -9,10 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from fastai_lsuv.plots.curves import plot_layer, plot_stats
+from fastai_lsuv.plots.curves import plot_layer, plot_runs, plot_stats
 from fastai_lsuv.plots.maps import plot_dead, plot_hist, plot_hists
+from fastai_lsuv.plots.style import panels
 from fastai_lsuv.recording.description import HIST_RANGE
 from fastai_lsuv.recording.history import Floats, History
+from fastai_lsuv.recording.verdicts import WORKS
 
 
 class Reading:
@@ -30,18 +36,23 @@ class Reading:
         return list(self._history.names)
 
     def to_frame(self) -> pd.DataFrame:  # tidy: one record of one layer a row
-        """All records held, a row a record and layer: `fit, epoch, step, phase, layer, mean, std, near_zero`, ….
+        """All records held, one row per record and layer.
 
-        `fit` counts from 0; `step` counts the training batches of all fits; `phase` is `train` or `valid`; a layer that
-        did not run in a batch has no row. With gradients also `grad_mean` and `grad_std`.
+        `mean` and `std` of the output; `near_zero`, the share of it that is; `sparsity`, the share that is nearly zero
+        beside the std; `at_limit`, the share of sizes near the largest; `signal`, the part of the std that is due to
+        the input (the std over the batch at the same place, in the whole std); `update`, the size of the step's change
+        of the layer's parameters beside their size, NaN where none trains; `dead_units`, the share of an activation's
+        channels that have not fired yet in the epoch's recorded batches (with `every=1` in all of them), NaN of other
+        layers. `fit` counts from 0; `step` counts the training batches of all fits; `phase` is `train` or `valid`; a
+        layer that did not run in a batch has no row. With gradients also `grad_mean` and `grad_std`.
         """
         self._flush()
         return self._history.frame()
 
     def summary(self) -> pd.DataFrame:  # by the layers' names
-        """A row for each layer that ran, with its `type`, `first_std`, `last_std`, `min_std`, `max_std`,
-        `max_near_zero`, of all training records ever made, and a `verdict`: see
-        `fastai_lsuv.recording.verdicts.verdict`.
+        """One row per layer that ran: its `type`; `first_std`, `last_std`, `min_std`, `max_std` and `max_near_zero` of
+        all training records ever made; of its latest, `last_mean`, `signal`, `dead_units` (over the last epoch) and
+        `last_update`; and a `verdict`, `because` of such a number: see `fastai_lsuv.recording.verdicts.verdicts`.
         """
         self._flush()
         return self._history.summary()
@@ -94,8 +105,8 @@ class Reading:
     def plot_layer_stats(
         self,
         layer: int | str,  # index in `layer_names`, or name
-    ) -> Figure:  # of matplotlib
-        """Draw mean, std and near-zero share of one layer over the training; as fastai's `ActivationStats` does.
+    ) -> npt.NDArray[np.object_]:  # the axes
+        """Draw all that was recorded of one layer over the training; as fastai's `ActivationStats` does, and more.
 
         Raises:
             KeyError: no layer of that name is recorded.
@@ -103,13 +114,13 @@ class Reading:
         """
         name, frame = self.layer_names[self._history.place(layer)], self.to_frame()
         never_ran = self._records().assign(phase="train", layer=name).reindex(columns=frame.columns)
-        return plot_layer(frame if (frame["layer"] == name).any() else never_ran, name)
+        return panels(plot_layer(frame if (frame["layer"] == name).any() else never_ran, name, WORKS))
 
     def color_dim(
         self,
         layer: int | str | None = None,  # index in `layer_names`, or name; `None`: all layers, in one figure
         ax: Axes | None = None,  # draw one layer here
-    ) -> Figure | Axes:  # the axes, if given
+    ) -> npt.NDArray[np.object_] | Axes:  # the axes
         """Draw the fast.ai course's "colourful dimension", histograms over the training; as `ActivationStats` does.
 
         Raises:
@@ -118,19 +129,32 @@ class Reading:
             IndexError: there are fewer layers.
         """
         if layer is None:
-            return plot_hists({name: self.hist(name) for name in self.layer_names}, self._records(), HIST_RANGE)
+            return panels(plot_hists({name: self.hist(name) for name in self.layer_names}, self._records(), HIST_RANGE))
         name = self.layer_names[self._history.place(layer)]
-        return plot_hist(self.hist(layer), self._records(), name, HIST_RANGE, ax)
+        drawn = plot_hist(self.hist(layer), self._records(), name, HIST_RANGE, ax)
+        return panels(drawn)[0] if isinstance(drawn, Figure) else drawn
 
     # figures of all layers
 
-    def plot_stats(self) -> Figure:  # of matplotlib
-        """Draw mean, std and near-zero share (and gradients) of all layers over the training."""
-        return plot_stats(self.to_frame())
+    def plot_stats(
+        self,
+        *others: Reading,  # recorders of other runs of the network, to be drawn beside this one on the same scales
+        names: Sequence[str] = (),  # of all runs; by default they are numbered
+    ) -> npt.NDArray[np.object_]:  # the axes
+        """Draw the statistics of all layers over the training, with the band of updates that are known to work."""
+        return panels(self._stats_figure(*others, names=names))
 
-    def dead_chart(self) -> Figure:  # of matplotlib
-        """Draw the share of near-zero outputs of all layers over the training, after the fast.ai course's chart."""
-        return plot_dead(self.to_frame())
+    def _stats_figure(self, *others: Reading, names: Sequence[str] = ()) -> Figure:
+        runs = (self, *others)
+        activations = {name for run in runs for name, layer in run._history.layers.items() if not layer.has_parameters}
+        if not others:
+            return plot_stats(self.to_frame(), activations, WORKS)
+        titles = names or [f"run {i + 1}" for i in range(len(runs))]
+        return plot_runs({title: run.to_frame() for title, run in zip(titles, runs, strict=True)}, activations, WORKS)
+
+    def dead_chart(self) -> Axes:
+        """Draw how much of each layer is dead over the training, after the fast.ai course's chart."""
+        return panels(plot_dead(self.to_frame()))[0]
 
     def _values(self, column: str) -> Floats:
         self._flush()

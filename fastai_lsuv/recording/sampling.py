@@ -7,20 +7,27 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fastai_lsuv.core.signal import distance
+
 # A sample of a large output: mean and std are then within 2 % of the std, for a cost that doesn't grow with the output.
 SAMPLE = 2**15  # values, or somewhat more or less
-FEW = 2**12  # of these, or so, for the share near zero, a histogram and the signal
+FEW = 2**12  # of these, or so, for the share near zero and a histogram
 FEWER = 2**10  # of those, or so, for what only a verdict is made from
+
+
+MOST_ROWS = 128  # parts of a batch that are compared
+ROWS = 8  # or so, of a large output: with more of them there would be too few places in each
 
 
 @dataclass(frozen=True)
 class Spots:
     """Where the values of a tensor of one shape and layout lie that are looked at, evenly spread over its memory.
 
-    In two rows, if the batch can be halved: the same places in both halves, so that the inputs in it can be compared.
+    In rows, each of an equal part of the batch and all with the same places in it, so that inputs can be compared: of
+    a small tensor an input is a row, if there are not too many.
     """
 
-    size: tuple[int, int]  # (halves, values of each)
+    size: tuple[int, int]  # (rows, values of each)
     stride: tuple[int, int]
     n: int  # of all values
     is_dense: bool  # the tensor's memory holds its values and no others
@@ -31,10 +38,10 @@ class Spots:
         n, by_stride = x.numel(), sorted(range(x.dim()), key=x.stride, reverse=True)
         is_dense = x.permute(by_stride).is_contiguous()
         batch_is_outermost = not is_dense or not by_stride or by_stride[0] == 0 or x.stride(0) == x.stride(by_stride[0])
-        halves = 2 if x.dim() and not len(x) % 2 and batch_is_outermost else 1
-        of_half = n // halves
-        apart = distance(of_half, n / wanted) if n > wanted else 1
-        return cls((halves, math.ceil(of_half / apart)), (of_half, apart), n, is_dense)
+        rows = _rows(len(x), ROWS if n > wanted else MOST_ROWS) if x.dim() and batch_is_outermost else 1
+        of_row = n // rows
+        apart = distance(of_row, n / wanted) if n > wanted else 1
+        return cls((rows, math.ceil(of_row / apart)), (of_row, apart), n, is_dense)
 
     @property
     def values(self) -> int:
@@ -42,24 +49,14 @@ class Spots:
         return self.size[0] * self.size[1]
 
     def view(self, x: Tensor) -> Tensor:
-        """Look at them, in rows of the halves, without a copy where the memory is dense."""
+        """Look at them, in rows, without a copy where the memory is dense."""
         return (x if self.is_dense else x.contiguous()).as_strided(self.size, self.stride)
 
 
-def distance(n: int, wanted: float) -> int:
-    """Return a distance between sampled values of `n` that has no divisor in common with `n`, nor with any dimension.
-
-    A power of two would see the border columns of a map, or some of the channels, and no others. It is the next that is
-    not below `wanted`; or the next below, if that would leave less than two thirds of the values and this not too many.
-    """
-    above = below = max(math.ceil(wanted), 1)
-    while math.gcd(above, n) > 1:
-        above += 1
-    if above <= 1.5 * max(wanted, 1):
-        return above
-    while math.gcd(below, n) > 1:
-        below -= 1
-    return below if wanted <= 4 * below else above
+def _rows(n: int, wanted: int) -> int:
+    """Return the divisor of a batch size, up to `MOST_ROWS`, that is nearest to the number of rows wanted."""
+    divisors = (d for d in range(1, min(n, MOST_ROWS) + 1) if n % d == 0)
+    return min(divisors, key=lambda d: abs(math.log(d / wanted)), default=1)
 
 
 def plain_values(x: Tensor) -> Tensor:

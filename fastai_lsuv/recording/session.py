@@ -34,9 +34,11 @@ class Session:
     budget: Budget  # for `every="auto"`
     device_buffer: DeviceBuffer[Where] = field(default_factory=DeviceBuffer)
     at: Where | None = None  # the batch at hand
+    epoch: int = -1  # of the last training batch
     is_watched: bool = False  # it is to be recorded
     loss: Tensor | None = None  # as it was before it was scaled for mixed precision
     scale: Tensor | float = 1.0  # by how much it was
+    is_stopped: bool = False  # by `stop_on`
     n_batches: int = 0
     n_begun: int = 0
     n_watched: int = 0
@@ -47,11 +49,16 @@ class Session:
         self.at, self.is_watched, self.loss, self.scale = at, watch, None, 1.0
         self.n_begun += 1
         self.n_watched += watch
+        if at.phase == "train" and at.epoch != self.epoch:
+            self.epoch = at.epoch
+            self.capture.units.new_epoch()
         if watch:
-            self.capture.watch()
+            self.capture.watch(at.phase == "train")
 
     def note_loss(self, loss: object) -> None:
         """Remember the loss as it is before mixed precision scales it, if there is one."""
+        if self.is_watched:
+            self.capture.see_loss(loss)
         if self.is_watched and self.capture.with_grad and _is_number(loss):
             self.loss = _plain(loss).clone()
 

@@ -2,36 +2,112 @@
 
 from __future__ import annotations
 
-import pandas as pd
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fastai_lsuv.core.signal import SIGNAL_LOST
 
 # Rules of the verdicts, rough on purpose: a healthy layer of any architecture is to pass, a broken one is not.
 EXPLODING = 1e3  # std that no healthy layer reaches
 VANISHING = 1e-3  # std that is nothing beside a bias of default size
-SIGNAL = 0.01  # part of the std that the input makes: below it the outputs of all samples are the same
 CHANGE = 100.0  # by how much the std may grow (from 1 at least) or fall since the first record
 DYING = 0.95  # share of outputs that are nothing beside the layer's own std
+DEAD = 0.5  # share of units that never fire
 SATURATED = 0.35  # share of outputs at the limit of the layer's range: of a sigmoid it could be half
+LEARNING = (1e-5, 0.1)  # size of a step's change beside that of the weight: what trains well lies between
+WORKS = (1e-4, 3e-2)  # where the best learning rates lie
+ENOUGH = 10  # records of a fit from which that is told
 
 
-def verdict(
-    running: pd.Series,  # first_std, last_std of all training records
-    latest: pd.Series,  # all columns of its latest record
-    is_known: bool = True,  # a layer with parameters or an activation: others may hand on what they get
-) -> str:
-    """Return what is wrong with a layer, by the first of these rules that applies to its latest record.
+class Verdict(NamedTuple):
+    """What is wrong with a layer, and the number that says so."""
+
+    name: str
+    because: str = ""
+
+
+HEALTHY = Verdict("healthy")
+REMEDIES = {  # of all verdicts but `healthy`
+    "exploding": "lower the learning rate, clip gradients, or begin from LSUV's weights",
+    "dying": "lower the learning rate, or begin from LSUV's weights",
+    "dead units": "lower the learning rate, or use an activation with a slope on both sides",
+    "vanishing": "begin from LSUV's weights: LSUVCallback()",
+    "too fast": "lower the learning rate",
+    "not learning": "raise the learning rate, or see whether the optimizer has this layer",
+    "saturated": "begin from LSUV's weights, or lower the learning rate",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a layer: of all training records ever made, or of its latest."""
+
+    type: str
+    is_known: bool  # a layer with parameters or one of PyTorch's activations: others may hand on what they get
+    has_parameters: bool
+    has_matrix: bool  # a parameter of more than one dimension: gains and biases alone may stay as they are
+    first_std: float
+    last_std: float
+    min_std: float
+    max_std: float
+    max_near_zero: float
+    last_mean: float
+    sparsity: float
+    at_limit: float
+    signal: float
+    dead_units: float  # over the last epoch
+    last_update: float
+    mean_update: float  # geometric mean over the records of the last fit in which anything changed
+    n_updates: int  # records of that fit
+
+
+def verdicts(layers: Sequence[Facts]) -> list[Verdict]:
+    """Return what is wrong with each layer, in order, by the first of these rules that applies to it.
 
     `exploding`: the std is above 1,000, or above 100 times its first value (and 100), or not finite.
     `dying`: 95 % of the outputs are nothing (within 5 % of the layer's own std), whatever its scale.
-    `vanishing`: the std is below 0.001, or below 1 % of its first value, or less than 1 % of it is due to the input:
-    all samples give the same. Said of layers with parameters and of PyTorch's activations.
+    `dead units`: half of an activation's channels did not fire once in an epoch.
+    `vanishing`: the std is below 0.001, or below 1 % of its first value; or less than a tenth of it is due to the
+    input, here and in all later layers. Said of layers with parameters and of PyTorch's activations.
+    `too fast`: a step changes the layer's weights by more than a tenth of their size, in the mean over a fit.
+    `not learning`: it changes them by less than a hundred-thousandth. Both are said of matrices and convolutions.
     `saturated`: 35 % of the outputs are within 5 % of the largest size, as of a tanh or sigmoid driven too hard.
     `healthy`: none of these.
     """
-    first, last = running["first_std"], running["last_std"]
-    if last > min(EXPLODING, CHANGE * max(first, 1.0)):
-        return "exploding"
-    if latest["sparsity"] >= DYING:
-        return "dying"
-    if is_known and (last < max(VANISHING, first / CHANGE) or latest["signal"] < SIGNAL):
-        return "vanishing"
-    return "saturated" if latest["at_limit"] >= SATURATED else "healthy"
+    found: list[Verdict] = []
+    is_lost = True  # in all later layers
+    for layer in reversed(layers):
+        if layer.is_known and layer.signal == layer.signal:
+            is_lost = is_lost and layer.signal < SIGNAL_LOST
+        found.append(_verdict(layer, is_lost))
+    return found[::-1]
+
+
+def _verdict(x: Facts, is_lost: bool) -> Verdict:
+    slow, fast = LEARNING
+    moves = x.has_matrix and x.n_updates >= ENOUGH
+    since = f"std {x.last_std:.2g}, {x.first_std:.2g} at first"
+    per_step = f"update {x.mean_update:.1g} of the weight per step"
+    rules = (
+        ("exploding", x.last_std > min(EXPLODING, CHANGE * max(x.first_std, 1.0)), since),
+        ("dying", x.sparsity >= DYING, f"{x.sparsity:.0%} of the outputs are nothing beside its std"),
+        ("dead units", x.is_known and x.dead_units >= DEAD, f"{x.dead_units:.0%} did not fire in an epoch"),
+        ("vanishing", x.is_known and x.last_std < max(VANISHING, x.first_std / CHANGE), since),
+        ("vanishing", x.is_known and is_lost and x.signal < SIGNAL_LOST, f"{x.signal:.1%} of the std is of the input"),
+        ("too fast", moves and x.mean_update > fast, per_step),
+        ("not learning", moves and x.mean_update < slow, per_step),
+        ("saturated", not x.has_parameters and x.at_limit >= SATURATED, f"{x.at_limit:.0%} are at the limit"),
+    )
+    return next((Verdict(name, because) for name, applies, because in rules if applies), HEALTHY)
+
+
+def diagnosis(layers: Mapping[str, Facts], among: Container[str] = tuple(REMEDIES)) -> str:
+    """Return what is wrong with the first layer that has one of these verdicts, and a remedy; empty if none has."""
+    each = zip(layers, verdicts([*layers.values()]), strict=True)
+    found = [(name, verdict) for name, verdict in each if verdict.name in among]
+    if not found:
+        return ""
+    (first, verdict), *others = found
+    more = f", and {len(others)} more layers" if len(others) > 1 else f", and {others[0][0]}" if others else ""
+    return f"{first or '(model)'} {verdict.name}: {verdict.because}{more}; {REMEDIES[verdict.name]}"

@@ -417,7 +417,18 @@ def test_bad_values_leave_the_model_alone(options, error):
 
 def test_the_summary_tells_the_branch_that_is_farthest_off():
     rows = [
-        Row(f"{i}", "Linear", 1, 0.0, 1.0, 0.0, std, 1, "corrected" if std == 0.5 else "not_converged", "ends a branch")
+        Row(
+            f"{i}",
+            "Linear",
+            1,
+            0.0,
+            1.0,
+            0.0,
+            std,
+            1,
+            "corrected" if std == 0.5 else "not_converged",
+            "ends a branch",
+        )
         for i, std in enumerate([0.5, 0.5, 0.7, 0.5])
     ]
     line = LSUVReport(rows, 4, 1.0).summary()

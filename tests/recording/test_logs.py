@@ -16,7 +16,21 @@ from witness import records
 
 from fastai_lsuv import ActivationStatsRecorder
 
-COLUMNS = ["fit", "epoch", "step", "phase", "layer", "mean", "std", "near_zero"]
+COLUMNS = [
+    "fit",
+    "epoch",
+    "step",
+    "phase",
+    "layer",
+    "mean",
+    "std",
+    "near_zero",
+    "sparsity",
+    "at_limit",
+    "signal",
+    "update",
+    "dead_units",
+]
 
 
 def make(*cbs, model=None, tmp_path=".", **kwargs):

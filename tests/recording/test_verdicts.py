@@ -15,8 +15,21 @@ from zoo import xresnet18
 
 from fastai_lsuv import ActivationStatsRecorder, LSUVCallback
 
-VERDICTS = {"dying", "exploding", "vanishing", "saturated", "healthy"}
-COLUMNS = ["type", "first_std", "last_std", "min_std", "max_std", "max_near_zero", "verdict"]
+VERDICTS = {"exploding", "dying", "dead units", "vanishing", "too fast", "not learning", "saturated", "healthy"}
+COLUMNS = [
+    "type",
+    "first_std",
+    "last_std",
+    "min_std",
+    "max_std",
+    "max_near_zero",
+    "last_mean",
+    "signal",
+    "dead_units",
+    "last_update",
+    "verdict",
+    "because",
+]
 
 
 @pytest.fixture(scope="module")
