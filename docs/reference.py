@@ -31,7 +31,7 @@ CONTENTS: dict[str, dict[str, Any]] = {
     "What was done": {"LSUVReport": fastai_lsuv.LSUVReport, "Row": report.Row},
     "Activations during training": {"ActivationStatsRecorder": fastai_lsuv.ActivationStatsRecorder, "verdict": verdict},
     "Very deep plain networks": {name: getattr(init, name) for name in init.__all__},
-    "The demo's parts": {"digits_dls": demo.digits_dls, "plain_cnn": demo.plain_cnn},
+    "The demo's parts": {"digits_dls": demo.digits_dls, "fashion_dls": demo.fashion_dls, "plain_cnn": demo.plain_cnn},
 }
 METHODS_OF = {"LSUVReport": fastai_lsuv.LSUVReport, "ActivationStatsRecorder": Reading}
 CHOICE = """## `Choice`
