@@ -126,7 +126,7 @@ class ActivationStatsRecorder(Reading, Callback):
         capture, budget = Capture(model, [*layers.values()], self.with_grad), Budget(_clock_of(model))
         self._model, self._session = ref(model), Session(self._fits, self._steps, [*layers], places, capture, budget)
         self._fits += 1
-        self._chart = LiveChart(self._stats_figure) if self.live else None
+        self._chart = LiveChart(self.plot_stats) if self.live else None
         at_end_of_next_stage(learn, self._look_away)
 
     def before_batch(self) -> None:
