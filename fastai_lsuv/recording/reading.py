@@ -152,7 +152,7 @@ class Reading:
         titles = names or [f"run {i + 1}" for i in range(len(runs))]
         return plot_runs({title: run.to_frame() for title, run in zip(titles, runs, strict=True)}, activations, WORKS)
 
-    def dead_chart(self) -> Axes:
+    def dead_chart(self) -> Axes:  # of the chart
         """Draw how much of each layer is dead over the training, after the fast.ai course's chart."""
         return panels(plot_dead(self.to_frame()))[0]
 
