@@ -34,11 +34,7 @@ CONTENTS: dict[str, dict[str, Any]] = {
         "verdicts": verdicts,
     },
     "Very deep plain networks": {name: getattr(init, name) for name in init.__all__},
-    "Data and a network to try it on": {
-        "digits_dls": demo.digits_dls,
-        "fashion_dls": demo.fashion_dls,
-        "plain_cnn": demo.plain_cnn,
-    },
+    "The demo's parts": {"digits_dls": demo.digits_dls, "fashion_dls": demo.fashion_dls, "plain_cnn": demo.plain_cnn},
 }
 METHODS_OF = {"LSUVReport": fastai_lsuv.LSUVReport, "ActivationStatsRecorder": Reading}
 CHOICE = """## `Choice`

@@ -79,6 +79,12 @@ def fashion_dls(
     Raises:
         FileNotFoundError: the files are in none of these places.
         ValueError: fewer training images than 1, or more than there are.
+
+    Example:
+        >>> from fastai_lsuv.demo import fashion_dls
+        >>> xb, yb = fashion_dls("data", size=14, n_train=1000).one_batch()  # doctest: +SKIP
+        >>> xb.shape, yb.shape  # doctest: +SKIP
+        (torch.Size([64, 1, 14, 14]), torch.Size([64]))
     """
     folder = _fashion_folder(root)
     x, y = _read_idx(folder, "train-images-idx3-ubyte"), _read_idx(folder, "train-labels-idx1-ubyte")

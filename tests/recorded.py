@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from fastai.data.core import DataLoaders
+from fastai.optimizer import Adam
 from learners import learner
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -22,13 +23,13 @@ class OneValue(nn.Module):
         return sum(t.float().mean() for t in leaves)
 
 
-def fed(model, *inputs, bs=None, batches=2, cbs=(), train=lambda learn: learn.fit(1), **options):
+def fed(model, *inputs, bs=None, batches=2, cbs=(), train=lambda learn: learn.fit(1), opt_func=Adam, **options):
     "A fit of `model` on `batches` batches of `inputs`, with a recorder and a witness beside it."
     bs = bs or len(inputs[0])
     data = [(*inputs, torch.zeros(bs))] * batches
     dls = DataLoaders(*(torch.utils.data.DataLoader(data, batch_size=None) for _ in range(2)))
     dls.n_inp = len(inputs)
-    learn = learner(dls, model, loss_func=OneValue(), metrics=[], cbs=cbs, lr=1e-4)
+    learn = learner(dls, model, loss_func=OneValue(), metrics=[], cbs=cbs, lr=1e-4, opt_func=opt_func)
     learn.add_cbs([rec := ActivationStatsRecorder(**options), seen := Witness()])
     before = skin(model)
     train(learn)

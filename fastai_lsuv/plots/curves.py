@@ -108,9 +108,13 @@ def _grid(columns: Mapping[str, pd.DataFrame], layers: Sequence[str], band: tupl
     for axes, (title, frame) in zip(grid.T, columns.items(), strict=True):
         for ax, quantity in zip(axes, quantities, strict=True):
             table = tables[title][quantity]
-            _panel(ax, quantity, table, _of_frame(styles, table), values[quantity], band)
+            of_frame = _of_frame(styles, table)
+            _panel(ax, quantity, table, of_frame, values[quantity], band)
             mark_epochs(ax, frame, numbered=ax is axes[0])
-        axes[-1].set_xlabel(_steps(frame))
+            ax.set_visible(bool(of_frame) or len(columns) == 1)
+        lowest = [ax for ax in axes if ax.get_visible()][-1]
+        lowest.set_xlabel(_steps(frame))
+        lowest.tick_params(labelbottom=True)
         if title:
             axes[0].set_title(title, pad=24, fontweight="bold")
     for axes, title in zip(grid.T, columns, strict=True):  # once all scales are settled

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from fastai_lsuv.core.modules import named_modules
 
 _STILL = 1e-3  # of the layer's std: a unit that moves less than this does not fire
-_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+_CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+_CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)
 
 
 @dataclass
@@ -95,13 +96,13 @@ class Units:
 def channel_dims(model: nn.Module, layers: Sequence[nn.Module]) -> dict[int, int]:
     """Return the dimension that counts the channels in the output of each layer, by the layer's place.
 
-    An activation has that of the last layer with parameters that is registered before it.
+    It is that of the last layer, up to it in the order of registration, of which it is known.
     """
     found, dim = {}, 1
     place = {layer: i for i, layer in enumerate(layers)}
     for _, module in named_modules(model):
-        if next(module.parameters(recurse=False), None) is not None and not isinstance(module, nn.PReLU):
-            dim = 1 if isinstance(module, _CHANNELS_FIRST) else -1
+        if isinstance(module, _CHANNELS_SECOND + _CHANNELS_LAST):
+            dim = 1 if isinstance(module, _CHANNELS_SECOND) else -1
         if module in place:
             found[place[module]] = dim
     return found

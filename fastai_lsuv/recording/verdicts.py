@@ -28,14 +28,14 @@ class Verdict(NamedTuple):
 
 
 HEALTHY = Verdict("healthy")
-REMEDIES = {  # of all verdicts but `healthy`
-    "exploding": "lower the learning rate, clip gradients, or begin from LSUV's weights",
-    "dying": "lower the learning rate, or begin from LSUV's weights",
-    "dead units": "lower the learning rate, or use an activation with a slope on both sides",
-    "vanishing": "begin from LSUV's weights: LSUVCallback()",
-    "too fast": "lower the learning rate",
-    "not learning": "raise the learning rate, or see whether the optimizer has this layer",
-    "saturated": "begin from LSUV's weights, or lower the learning rate",
+REMEDIES = {  # of all verdicts but `healthy`, the gravest first
+    "exploding": "Lower the learning rate, clip gradients, or begin from LSUV's weights",
+    "dying": "Lower the learning rate, or begin from LSUV's weights",
+    "dead units": "Lower the learning rate, or use an activation with a slope on both sides",
+    "vanishing": "Begin from LSUV's weights: LSUVCallback()",
+    "too fast": "Lower the learning rate",
+    "not learning": "Raise the learning rate, or see whether the optimizer has this layer",
+    "saturated": "Begin from LSUV's weights, or lower the learning rate",
 }
 
 
@@ -103,11 +103,14 @@ def _verdict(x: Facts, is_lost: bool) -> Verdict:
 
 
 def diagnosis(layers: Mapping[str, Facts], among: Container[str] = tuple(REMEDIES)) -> str:
-    """Return what is wrong with the first layer that has one of these verdicts, and a remedy; empty if none has."""
+    """Return the gravest of these verdicts, the first layer that has it, and a remedy; empty if none has any.
+
+    A layer without signal, say, gets no gradient either: that it doesn't learn is not what ails the network.
+    """
     each = zip(layers, verdicts([*layers.values()]), strict=True)
     found = [(name, verdict) for name, verdict in each if verdict.name in among]
     if not found:
         return ""
-    (first, verdict), *others = found
-    more = f", and {len(others)} more layers" if len(others) > 1 else f", and {others[0][0]}" if others else ""
-    return f"{first or '(model)'} {verdict.name}: {verdict.because}{more}; {REMEDIES[verdict.name]}"
+    name, gravest = min(found, key=lambda pair: [*REMEDIES].index(pair[1].name))
+    more = f"; {len(found) - 1} more layers aren't healthy" if len(found) > 1 else ""
+    return f"{name or '(model)'} {gravest.name} ({gravest.because}){more}. {REMEDIES[gravest.name]}"

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from fastai.basics import SGD, Adam, DataLoaders, Learner, ProgressCallback, accuracy, set_seed
+from fastai.basics import SGD, Adam, DataLoaders, Learner, accuracy, set_seed
+from fastai.callback.progress import ProgressCallback
 from fastai.data.core import TfmdDL
 from sklearn.datasets import load_digits
 from torch import nn

@@ -217,8 +217,12 @@ def test_real_event_files(tmp_path, trace_model, options, recorder_first):
     make(*(cbs if recorder_first else cbs[::-1]), tmp_path=tmp_path).fit(2)
     found, frame = events(tmp_path / "tb"), rec.to_frame()
     assert len(records(rec)) == (3 if "every" in options else 6)
-    names = ["mean", "std", "near_zero"] + (["grad_mean", "grad_std"] if "with_grad" in options else [])
-    assert {*found} == {f"activations/{layer}/{n}" for layer in rec.layer_names for n in names}
+    names = ["mean", "std", "near_zero", "sparsity", "at_limit", "signal"]
+    names += ["grad_mean", "grad_std"] if "with_grad" in options else []
+    of_all = {f"activations/{layer}/{n}" for layer in rec.layer_names for n in names}
+    of_weights = {f"activations/{layer}/update" for layer in ("0.0", "0.2", "1.0", "1.3")}
+    of_units = {f"activations/{layer}/dead_units" for layer in ("0.1", "0.3", "1.1")}
+    assert {*found} == of_all | of_weights | of_units
     for layer in rec.layer_names:
         for n in names:
             steps, values = zip(*found[f"activations/{layer}/{n}"])

@@ -80,13 +80,14 @@ def test_layer_stats_as_fastai_s(beside):
 
 
 def test_hist_as_fastai_s(beside):
-    "A column a record, log1p of counts from 0 to 10."
+    "A column a record, log1p of counts; half of its bins are those of fastai's from 0 to 5, but the last one is open."
     ours, theirs, _ = beside
-    assert (HIST_BINS, tuple(HIST_RANGE)) == (40, (0.0, 10.0))
+    assert (HIST_BINS, tuple(HIST_RANGE)) == (40, (-5.0, 5.0))
     for i in range(5):
         a, b = ours.hist(i), theirs.hist(i)
         assert a.shape == b.shape == (40, 6) and a.dtype == b.dtype == torch.float32
         assert torch.equal(a, ours.hist(ours.layer_names[i]))
+        a, b = a[20:39], b[:19]
         if i < 2:
             assert ((a.expm1() - b.expm1()).abs().sum(0) <= 0.1 * b.expm1().sum(0)).all(), "sampled"
         else:
@@ -106,7 +107,7 @@ def test_hist_of_known_values():
     rec, _ = fed(Knows(), x, batches=1, modules="out", with_hist=True)
     counts = rec.hist("out").expm1().round().int()[:, 0]
     want = torch.zeros(40, dtype=torch.int)
-    for i, n in {0: 2, 1: 1, 12: 1, 39: 1}.items():
+    for i, n in {0: 1, 18: 1, 19: 1, 20: 2, 21: 1, 32: 1, 39: 1}.items():
         want[i] = n
     assert torch.equal(counts, want)
 
@@ -118,6 +119,7 @@ def test_histograms_of_sampled_outputs_keep_their_scale():
     theirs = ActivationStats(modules=[model[1]], with_hist=True)
     rec, _ = fed(model, x, batches=1, cbs=[theirs], modules=[model[1]], with_hist=True)
     a, b = (o.hist(0).as_subclass(torch.Tensor).expm1().flatten() for o in (rec, theirs))
+    a, b = a[20:], b[:20]
     assert a.sum().item() == pytest.approx(b.sum().item(), rel=0.01)
     assert (a - b).abs().sum() <= 0.1 * b.sum()
 
@@ -176,7 +178,7 @@ def test_histograms_that_were_not_asked_for(read):
     except ValueError as e:
         assert "with_hist=True" in str(e)
     else:
-        assert isinstance(read(rec), Figure), "only the dead chart can do without"
+        assert isinstance(read(rec), Axes), "only the dead chart can do without"
 
 
 # --- thinning ---------------------------------------------------------------------------------------------------------
@@ -266,15 +268,13 @@ def drawn(o):
 @pytest.mark.parametrize("n", [5, 30])
 @pytest.mark.parametrize("plot", PLOTS)
 def test_figures(plot, n, tmp_path):
-    "Each names its axes, marks the epochs, fits on a screen, can be saved, and leaves pyplot and its settings alone."
+    "Each names its axes, marks the epochs, fits on a screen, can be saved, and leaves pyplot's settings alone."
     rec = many(n, with_hist=True, with_grad=True, valid=True)
     rc, numbers = dict(matplotlib.rcParams), plt.get_fignums()
     made = PLOTS[plot](rec)
     fig = drawn(made)
     assert made is not None and isinstance(fig, Figure)
-    if plot in ("plot_stats", "color_dim", "dead_chart"):
-        assert isinstance(made, Figure)
-    assert dict(matplotlib.rcParams) == rc and plt.get_fignums() == numbers
+    assert dict(matplotlib.rcParams) == rc and len(plt.get_fignums()) == len(numbers) + 1, "as fastai's, of pyplot"
     fig.savefig(tmp_path / "figure.png", dpi=40)
     assert (tmp_path / "figure.png").stat().st_size > 2000
     width, height = fig.get_size_inches()
@@ -299,7 +299,7 @@ def test_epochs_are_marked():
     one, three = (many(5, fits=(n,), with_hist=True) for n in (1, 3))
 
     def marks(rec):
-        return sum(len(ax.lines) + len(ax.collections) + len(ax.texts) for ax in rec.plot_stats().axes)
+        return sum(len(ax.lines) + len(ax.collections) + len(ax.texts) for ax in rec.plot_stats())
 
     assert marks(three) > marks(one)
 
