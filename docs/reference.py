@@ -19,7 +19,7 @@ from fastcore.docments import docments  # noqa: E402
 import fastai_lsuv  # noqa: E402
 from fastai_lsuv import demo, init, report  # noqa: E402
 from fastai_lsuv.recording.reading import Reading  # noqa: E402
-from fastai_lsuv.recording.verdicts import verdict  # noqa: E402
+from fastai_lsuv.recording.verdicts import verdicts  # noqa: E402
 
 # Heading: what is under it, by the name under which users know it; a class with the class that has its methods.
 CONTENTS: dict[str, dict[str, Any]] = {
@@ -29,7 +29,10 @@ CONTENTS: dict[str, dict[str, Any]] = {
         "Learner.lsuv_init": fastai.learner.Learner.lsuv_init,
     },
     "What was done": {"LSUVReport": fastai_lsuv.LSUVReport, "Row": report.Row},
-    "Activations during training": {"ActivationStatsRecorder": fastai_lsuv.ActivationStatsRecorder, "verdict": verdict},
+    "Activations during training": {
+        "ActivationStatsRecorder": fastai_lsuv.ActivationStatsRecorder,
+        "verdicts": verdicts,
+    },
     "Very deep plain networks": {name: getattr(init, name) for name in init.__all__},
     "The demo's parts": {"digits_dls": demo.digits_dls, "fashion_dls": demo.fashion_dls, "plain_cnn": demo.plain_cnn},
 }

@@ -125,7 +125,7 @@ class LSUVReport(Sequence[Row]):
         """All rows, for pandas."""
         return pd.DataFrame([asdict(row) for row in self.rows], columns=[f.name for f in fields(Row)])
 
-    def plot(self) -> Figure:  # of matplotlib
+    def plot(self) -> Figure:  # which a notebook shows, and `savefig` writes
         """Draw std, mean and signal of every layer's output, before beside after, and how a gradient travels back."""
         return plot_report(self.to_frame(), self.mean, self.std, judged(self), SIGNAL_LOST)
 
