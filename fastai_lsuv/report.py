@@ -39,7 +39,7 @@ class Row:
     reason: str  # why, in a fixed phrase (or several, with "; " between them), where there is something to say
     signal_before: float = math.nan  # share of the std that is due to the input, 0 to 1: at 0 all inputs look the same
     signal_after: float = math.nan  # the same of the finished network
-    angle_after: float = math.nan  # sine of the angle between two inputs' outputs: 0 if all lie on one line
+    spread_after: float = math.nan  # 1 - 1 / number of directions in which inputs differ: 0 if all lie on one line
     grad_after: float = math.nan  # elasticity: a change of the output by 1 % changes the network's by so many per cent
 
     @property

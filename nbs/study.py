@@ -41,7 +41,7 @@ from fastai_lsuv.demo import ACTIVATIONS, fashion_dls
 from fastai_lsuv.init import critical_std, delta_orthogonal_, looks_linear_
 
 CSV = Path(__file__).parent / "study.csv"
-MEASURED = ["n_layers", "has_norms", "std", "signal", "angle", "left", "least_left", "grad", "excess", "verdict"]
+MEASURED = ["n_layers", "has_norms", "std", "signal", "spread", "left", "least_left", "grad", "excess", "verdict"]
 COLUMNS = [*MEASURED, "taken", "accuracy", "seconds"]
 
 # --- networks, for images of 14x14 --------------------------------------------------------------------------------------
@@ -180,15 +180,15 @@ def sample() -> torch.Tensor:
 def measured(model: nn.Module) -> dict[str, object]:
     """What the report says of a network as it stands, as `MEASURED`.
 
-    Standard deviation, signal and angle are those of the last hidden layer; `left` is the product of signal and angle
+    Standard deviation, signal and spread are those of the last hidden layer; `left` is the product of signal and spread
     there or at the head, whichever is more, and `least_left` the least of the hidden layers. `grad` is the elasticity of
     the first layer, and `excess` that over what a linear network with as many values there has.
     """
     report = lsuv_(model, sample(), mean=None, std=None)
     rows = report.to_frame()
-    left, hidden = rows.signal_after * rows.angle_after.fillna(1), rows.iloc[:-1]
+    left, hidden = rows.signal_after * rows.spread_after.fillna(1), rows.iloc[:-1]
     norms = any("Norm" in type(m).__name__ for m in model.modules())
-    values = [len(rows), norms, *hidden.iloc[-1][["std_after", "signal_after", "angle_after"]]]
+    values = [len(rows), norms, *hidden.iloc[-1][["std_after", "signal_after", "spread_after"]]]
     values += [left.iloc[-2:].max(), left.iloc[:-1].min(), rows.grad_after.iloc[0]]
     values += [rows.grad_after.iloc[0] / (n_values(model) / 10) ** 0.5, report.verdict]
     return dict(zip(MEASURED, values, strict=True))

@@ -101,8 +101,8 @@ def roc_auc(found: pd.DataFrame) -> pd.Series:
     scale = found["std"] > 1e-6  # else nothing comes out: a network that LSUV has not seen
     scores = {
         "signal": found.signal,
-        "signal and angle": found.left,
-        "signal, angle and gradient": score(found),
+        "signal and spread": found.left,
+        "signal, spread and gradient": score(found),
         "the same and std": score(found).where(scale, -9),
         "after LSUV": score(found)[after],
         "after LSUV, without norms": score(found)[after & without],

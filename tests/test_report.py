@@ -21,7 +21,7 @@ from fastai_lsuv.report import Row
 
 COLUMNS = [
     *("name", "type", "n_calls", "mean_before", "std_before", "mean_after", "std_after", "n_iter", "status", "reason"),
-    *("signal_before", "signal_after", "angle_after", "grad_after"),
+    *("signal_before", "signal_after", "spread_after", "grad_after"),
 ]
 GOLDEN = Path(__file__).parent / "golden"
 NAN = float("nan")

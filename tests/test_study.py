@@ -159,7 +159,7 @@ def test_failing_is_under_half_of_the_best_of_its_kind():
     found = results.networks(outcomes())
     assert len(found) == 12
     assert set(found[found.fails].init + found[found.fails].act) == {"defaultrelu"}
-    assert results.roc_auc(found)["signal, angle and gradient"] == 1
+    assert results.roc_auc(found)["signal, spread and gradient"] == 1
     assert results.verdicts(found).fail.to_dict() == {"healthy": 0, "signal lost": 3}
 
 

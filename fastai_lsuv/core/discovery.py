@@ -95,7 +95,7 @@ class Discovery:
             if (y := first_tensor(output)) is not None:
                 layer = by_module[module]
                 channels = layer.channel_dim(y) if self.options.per_channel else None
-                now = with_signal(y, channels, layer.careful, with_angle=when == "after")
+                now = with_signal(y, channels, layer.careful, with_spread=when == "after")
                 measured[module] = measured[module].merge(now) if module in measured else now
 
         if by_module or also or when == "after":

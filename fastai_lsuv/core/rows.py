@@ -26,7 +26,7 @@ def row_of(layer: Layer, options: Options) -> Row:
     n_calls = 0 if layer.skipped is Skip.NEVER_CALLED else layer.n_calls
     return Row(
         layer.name, kind, n_calls, *before, *after, layer.n_iter, status, layer.reason,
-        was.signal, is_now.signal, is_now.angle, layer.grad,
+        was.signal, is_now.signal, is_now.spread, layer.grad,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 An output's variance is that over the batch at the same place, which is due to the input, and that between places, which
 all inputs share. Where the first is nothing beside the second, all inputs look the same (in mean field theory, their
 correlation has come to 1: Schoenholz et al. 2017, arXiv:1611.01232). And where the outputs of all inputs lie on one
-line, they differ in size only.
+line, or a few loud inputs carry all of the variance, the others look the same, too.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 # Share of the std that is due to the input, below which a network doesn't train well: by experiment (`nbs/study.py`).
-SIGNAL_LOST = 0.2
+SIGNAL_LOST = 0.1
 
 # Values are enough if there are so many, from so many places, in so many samples of the batch.
 _VALUES, _PLACES, _SAMPLES = 2**15, 2**10, 2**8
-_FEWEST = 3  # samples that need not lie on one line
+_FEWEST = 3  # samples that need not lie on one line, seen from their mean
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Signal:
 
     over_batch: Tensor  # variance over the batch at the same place
     of_all: Tensor  # variance of all values
-    cosine: Tensor  # mean square cosine of the angle between two samples, seen from the mean of all
+    spread: Tensor  # of the samples around their mean over directions: 0 if they lie on one line
     n_calls: int = 1
 
     def merge(self, other: Signal) -> Signal:
@@ -36,12 +36,12 @@ class Signal:
         return Signal(
             self.over_batch + other.over_batch,
             self.of_all + other.of_all,
-            self.cosine + other.cosine,
+            self.spread + other.spread,
             self.n_calls + other.n_calls,
         )
 
 
-def signal(x: Tensor, with_angle: bool = True) -> Signal:
+def signal(x: Tensor, with_spread: bool = True) -> Signal:
     """Look at the same places, evenly spread, of samples of the batch: a few operations, and no wait."""
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     unknown = torch.full((), math.nan, dtype=wide, device=x.device)
@@ -49,25 +49,24 @@ def signal(x: Tensor, with_angle: bool = True) -> Signal:
         return Signal(unknown, unknown, unknown)
     sample = _some_places(x).to(wide)
     variance, mean = torch.var_mean(sample, 0)
-    has_angle = with_angle and len(sample) >= _FEWEST and sample.shape[1] > 1
-    return Signal(variance.mean(), sample.var(), _mean_square_cosine(sample - mean) if has_angle else unknown)
+    has_spread = with_spread and len(sample) >= _FEWEST and sample.shape[1] > 1
+    return Signal(variance.mean(), sample.var(), _spread(sample - mean) if has_spread else unknown)
 
 
-def shares(over_batch: float, of_all: float, cosine: float) -> tuple[float, float]:
-    """Return the share of the std that is due to the input, and the sine of the angle between samples, both 0 to 1.
+def share(over_batch: float, of_all: float) -> float:
+    """Return the share of the std that is due to the input, 0 to 1; NaN where there is none, as of a batch of one."""
+    return min(math.sqrt(over_batch / of_all), 1.0) if 0 < of_all < math.inf else math.nan
 
-    NaN where there is none, as of a batch of one.
+
+def _spread(centred: Tensor) -> Tensor:
+    """1 - 1 / the participation ratio of the directions in which samples differ, by one product of matrices.
+
+    The ratio, (Σλ)² / Σλ² of the eigenvalues of the covariance, counts directions, each by its variance. Samples that
+    are all in directions of their own have 1, however few they are.
     """
-    signal = min(math.sqrt(over_batch / of_all), 1.0) if 0 < of_all < math.inf else math.nan
-    return signal, math.sqrt(max(1.0 - cosine, 0.0))
-
-
-def _mean_square_cosine(centred: Tensor) -> Tensor:
-    """Mean over all pairs of samples, by one product of matrices."""
     n = len(centred)
-    directions = centred / torch.linalg.vector_norm(centred, dim=1, keepdim=True)
-    squares = torch.linalg.vector_norm(directions @ directions.T).square()
-    return (squares - n) / (n * (n - 1))
+    gram = centred @ centred.T
+    return (1 - torch.linalg.vector_norm(gram).square() / gram.trace().square()) * ((n - 1) / (n - 2))
 
 
 def _some_places(x: Tensor) -> Tensor:

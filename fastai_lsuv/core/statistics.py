@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastai_lsuv.core.signal import Signal, shares, signal
+from fastai_lsuv.core.signal import Signal, share, signal
 
 # `std_mean` costs twenty times as much on the CPU as a sum and a norm over short rows, which the
 # vector units do at memory speed. Rows also bound the rounding error: the squares of each are added in the tensor's
@@ -67,7 +67,7 @@ class Measured:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     signal: float = math.nan  # share of the std that is due to the input
-    angle: float = math.nan  # between the outputs of two inputs, as its sine: 0 if all lie on one line
+    spread: float = math.nan  # of the outputs of different inputs over directions: 0 if all lie on one line
 
     @property
     def is_finite(self) -> bool:
@@ -95,9 +95,9 @@ def moments(x: Tensor, channel_dim: int | None = None, careful: bool = False) ->
     return _twice(in_memory_order(x)) if careful else _once(x)
 
 
-def with_signal(x: Tensor, channel_dim: int | None, careful: bool, with_angle: bool) -> Moments:
+def with_signal(x: Tensor, channel_dim: int | None, careful: bool, with_spread: bool) -> Moments:
     """Return the moments of `x`, and how much of it is due to the input."""
-    return replace(moments(x, channel_dim, careful), signal=signal(x, with_angle))
+    return replace(moments(x, channel_dim, careful), signal=signal(x, with_spread))
 
 
 def at_hand(x: Tensor) -> bool:
@@ -128,15 +128,15 @@ def fetched(seen: Sequence[Moments]) -> list[Measured]:
 
 
 def _tensors(m: Moments) -> tuple[Tensor, ...]:
-    of_signal = (m.signal.over_batch, m.signal.of_all, m.signal.cosine) if m.signal else ()
+    of_signal = (m.signal.over_batch, m.signal.of_all, m.signal.spread) if m.signal else ()
     return (m.mean, m.std, *of_signal)
 
 
 def _shares(seen: Signal | None, home: Iterator[tuple[float, ...]]) -> tuple[float, float]:
     if seen is None:
         return math.nan, math.nan
-    (over_batch,), (of_all,), (cosine,) = islice(home, 3)
-    return shares(over_batch, of_all, cosine / seen.n_calls)
+    (over_batch,), (of_all,), (spread,) = islice(home, 3)
+    return share(over_batch, of_all), spread / seen.n_calls
 
 
 def at_least_single(dtype: torch.dtype) -> torch.dtype:

@@ -80,7 +80,7 @@ class Trainability:
 
 def _left(x: Measured) -> float:
     """The share of the std that is due to the input, less what outputs on one line have of it."""
-    return x.signal if math.isnan(x.angle) else x.signal * x.angle
+    return x.signal if math.isnan(x.spread) else x.signal * x.spread
 
 
 def remedy(found: Trainability, options: Options) -> str:

@@ -141,7 +141,7 @@ class Watch:
         affine = seen.affine or seen.gain
         by_channel = self.options.per_channel and affine is not None and affine.channel_dim is not None
         channels = affine.channel_dim(y) if by_channel else None  # type: ignore[union-attr,misc]
-        now = with_signal(y, channels, careful=False, with_angle=self.options.only_measures)
+        now = with_signal(y, channels, careful=False, with_spread=self.options.only_measures)
         seen.eps = torch.finfo(y.dtype).eps
         seen.read_once |= not statistics.at_hand(y)
         seen.moments = now if seen.moments is None else seen.moments.merge(now)

@@ -11,7 +11,8 @@ from torch import nn
 from zoo import ARCHITECTURES, architecture
 
 from fastai_lsuv import lsuv_
-from fastai_lsuv.core.signal import shares, signal
+from fastai_lsuv.core import signal as core
+from fastai_lsuv.core.signal import signal
 from fastai_lsuv.demo import digits_dls, plain_cnn
 
 ENOUGH = 0.02
@@ -19,7 +20,7 @@ ENOUGH = 0.02
 
 def share(x):
     found = signal(x)
-    return shares(found.over_batch.item(), found.of_all.item(), found.cosine.item())[0]
+    return core.share(found.over_batch.item(), found.of_all.item())
 
 
 def exact(x):
@@ -84,36 +85,42 @@ def test_a_batch_of_one_has_none_and_is_not_said_to_be_lost():
     assert report.verdict == "healthy"
 
 
-def angle(x):
-    found = signal(x)
-    return shares(found.over_batch.item(), found.of_all.item(), found.cosine.item())[1]
+def spread(x):
+    return signal(x).spread.item()
 
 
-def exact_angle(x):
-    "By the definition, pair by pair."
+def exact_spread(x):
+    "By the definition: the eigenvalues of the covariance, of as many equal ones as there can be 1."
     x = x.double().flatten(1)
-    x = x - x.mean(0)
-    cosines = [torch.cosine_similarity(a, b, dim=0) for i, a in enumerate(x) for b in x[:i]]
-    return (1 - torch.stack(cosines).square().mean()).sqrt().item()
+    variances = torch.linalg.svdvals(x - x.mean(0)).square()
+    ratio = (variances.sum().square() / variances.square().sum()).item()
+    return (1 - 1 / ratio) / (1 - 1 / (len(x) - 1))
 
 
 @pytest.mark.parametrize("shape", [(8, 64, 28, 28), (100, 512), (16, 5)], ids=str)
 @pytest.mark.parametrize("common", [0.0, 3.0])
-def test_the_angle_between_samples(shape, common):
+def test_the_spread_over_directions(shape, common):
     x = torch.randn(shape) + common * torch.randn(shape[0], *[1] * (len(shape) - 1)) * torch.randn(1, *shape[1:])
-    assert angle(x + 5) == pytest.approx(exact_angle(x), abs=ENOUGH)
+    assert spread(x + 5) == pytest.approx(exact_spread(x), abs=ENOUGH)
 
 
-def test_on_one_line_there_is_no_angle_though_the_signal_is_all_there():
+def test_on_one_line_there_is_no_spread_though_the_signal_is_all_there():
     x = torch.randn(64, 1) ** 3 * torch.randn(1, 100)
     assert share(x) > 0.9
-    assert angle(x) < 1e-3
-    assert angle(torch.randn(64, 100)) > 0.98
+    assert spread(x) == pytest.approx(0, abs=1e-6)
+    assert spread(torch.randn(64, 100)) > 0.95
+
+
+def test_a_few_loud_inputs_are_no_spread():
+    x = torch.randn(64, 100)
+    x[0] *= 1000
+    assert share(x) > 0.9
+    assert spread(x) < 0.1
 
 
 @pytest.mark.parametrize("x", [torch.randn(2, 8), torch.randn(8, 1), torch.randn(8)], ids=lambda x: str(x.shape))
 def test_of_two_samples_or_of_one_value_each_there_is_none(x):
-    assert math.isnan(angle(x))
+    assert math.isnan(spread(x))
 
 
 def test_it_dies_in_a_deep_network_at_std_1():
@@ -126,6 +133,6 @@ def test_it_dies_in_a_deep_network_at_std_1():
 
 def test_it_takes_a_view_and_a_few_operations():
     with Counts() as counts:
-        signal(torch.randn(16, 64, 28, 28), with_angle=False)
+        signal(torch.randn(16, 64, 28, 28), with_spread=False)
     assert counts.total - 2 <= 6  # but for the numbers themselves
     assert counts.bytes < 4 * 2 * 16 * 64 * 28 * 28, "reads a part only"

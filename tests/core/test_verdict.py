@@ -17,9 +17,9 @@ from fastai_lsuv.demo import digits_dls, plain_cnn
 NAN = math.nan
 
 
-def of(signals, excess=None, angles=None, n_norms=0):
+def of(signals, excess=None, spreads=None, n_norms=0):
     n = len(signals)
-    seen = [Measured(9, (0.0,), (1.0,), s, a) for s, a in zip(signals, angles or [1.0] * n, strict=True)]
+    seen = [Measured(9, (0.0,), (1.0,), s, a) for s, a in zip(signals, spreads or [1.0] * n, strict=True)]
     return Trainability([f"l{i}" for i in range(n)], seen, excess or [1.0] * n, n_norms)
 
 
@@ -27,12 +27,12 @@ def of(signals, excess=None, angles=None, n_norms=0):
     ("found", "verdict"),
     [
         (of([0.9, 0.8, 0.7, 0.6]), "healthy"),
-        (of([0.9, 0.5, 0.1, 0.01]), "signal lost from l2 on"),
+        (of([0.9, 0.5, 0.09, 0.01]), "signal lost from l2 on"),
         (of([0.0, 0.0]), "signal lost from l0 on"),
         (of([0.9, 0.05, 0.8, 0.7]), "healthy"),  # a gate that is nearly constant
-        (of([0.9, 0.1, 0.8, 0.05]), "healthy"),  # a head whose inputs have a mean
-        (of([0.9, 0.9, 0.9, 0.9], angles=[0.9, 0.5, 0.1, 0.0]), "signal lost from l2 on"),
-        (of([0.9, 0.9, 0.9, 0.9], angles=[0.9, 0.9, 0.9, NAN]), "healthy"),
+        (of([0.9, 0.05, 0.8, 0.02]), "healthy"),  # a head whose inputs have a mean
+        (of([0.9, 0.9, 0.9, 0.9], spreads=[0.9, 0.5, 0.1, 0.0]), "signal lost from l2 on"),
+        (of([0.9, 0.9, 0.9, 0.9], spreads=[0.9, 0.9, 0.9, NAN]), "healthy"),
         (of([NAN, NAN]), "healthy"),
         (of([]), "healthy"),
         (of([0.9] * 4, excess=[2 * EXPLODES, 9.0, 3.0, 1.0]), "gradient explodes towards l0"),
@@ -40,7 +40,7 @@ def of(signals, excess=None, angles=None, n_norms=0):
         (of([0.9] * 8, excess=[EXPLODES / 2, 2 * EXPLODES, *[1.0] * 6]), "gradient explodes towards l1"),
         (of([0.9] * 4, excess=[VANISHES / 2, 0.1, 0.3, 1.0]), "gradient vanishes towards l0"),
         (of([0.9] * 4, excess=[NAN, NAN, 0.3, 1.0]), "healthy"),
-        (of([0.1] * 4, excess=[2 * EXPLODES, 9.0, 3.0, 1.0]), "signal lost from l0 on"),
+        (of([0.05] * 4, excess=[2 * EXPLODES, 9.0, 3.0, 1.0]), "signal lost from l0 on"),
     ],
 )  # fmt: skip
 def test_the_words(found, verdict):
@@ -48,7 +48,7 @@ def test_the_words(found, verdict):
 
 
 def test_the_remedy_goes_with_it():
-    lost = of([0.9, 0.1, 0.0])
+    lost = of([0.9, 0.05, 0.0])
     assert remedy(lost, Options()) == 'init="auto" looks for better weights'
     assert "auto" not in remedy(lost, Options(init=AUTO))
     assert "norms" in remedy(of([0.9] * 4, n_norms=4), Options())
