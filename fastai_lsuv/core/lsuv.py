@@ -92,6 +92,9 @@ def run(
         discovery = _discover(model, call, options, as_it_stands, on_layer)
         dry_run = discovery.dry_run
         check_outputs([layer.before for layer in discovery.layers if layer.before], call)
+        if options.residual and not options.only_measures and not discovery.branch_ends:
+            why = "no residual branch ends in a layer that is corrected and whose scale comes to the sum"
+            warnings.warn(f"residual=True changes nothing: {why}", stacklevel=4)
         chosen = choose(discovery, options) if options.init == AUTO else Chosen(attempt(discovery, options))
         done = chosen.taken
         if not done.layers:

@@ -97,6 +97,7 @@ def moments(x: Tensor, channel_dim: int | None = None, careful: bool = False) ->
 
 def with_signal(x: Tensor, channel_dim: int | None, careful: bool, with_spread: bool) -> Moments:
     """Return the moments of `x`, and how much of it is due to the input."""
+    x = x if type(x) is Tensor else x.as_subclass(Tensor)
     return replace(moments(x, channel_dim, careful), signal=signal(x, with_spread))
 
 
