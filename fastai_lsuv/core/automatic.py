@@ -37,7 +37,7 @@ def choose(discovery: Discovery, options: Options) -> Chosen:
     if plain.trainability.verdict == HEALTHY or options.only_measures:
         return Chosen(plain, "your own weights" if not options.only_measures else "")
     dry_run = discovery.dry_run
-    best, kept, what = plain, dry_run.kept_state(), "your own weights, as nothing tried is better"
+    best, kept, what = plain, dry_run.kept_state(), ""
     for name, candidate in _candidates(discovery, plain_options):
         if dry_run.n_forward + _OF_AN_ATTEMPT > MOST_PASSES or best.trainability.score == 1:
             break
@@ -46,6 +46,8 @@ def choose(discovery: Discovery, options: Options) -> Chosen:
         if tried.trainability.score > best.trainability.score:
             best, kept, what = tried, dry_run.kept_state(), name
     dry_run.restore(kept)
+    if best is plain:
+        return Chosen(plain, "your own weights, as nothing tried is better")
     return Chosen(best, f"{what}; with your own weights: {plain.trainability.verdict}")
 
 

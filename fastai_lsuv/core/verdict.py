@@ -10,9 +10,9 @@ from fastai_lsuv.core.options import AUTO, Options
 from fastai_lsuv.core.signal import SIGNAL_LOST
 from fastai_lsuv.core.statistics import Measured
 
-EXPLODES = 50.0  # excess at the first layers beyond which a network without norms doesn't train: by experiment, too
+EXPLODES = 12.0  # excess at the first layers beyond which a network without norms trains badly: by experiment, too
 VANISHES = 1e-3
-ENOUGH = 0.35  # signal at the end, of which more is no better
+ENOUGH, STEEP = 0.35, 4.0  # signal at the end and excess, of which more and less, respectively, are no better
 DEAD = 1e-6  # std of an output beside the largest of any layer's: nothing comes through, whatever it shows
 _LAYERS_TO_A_NORM = 4  # at most, if norms hold the scale
 _EARLY = 4  # a quarter of the layers is where a gradient arrives
@@ -59,8 +59,10 @@ class Trainability:
     def score(self) -> float:
         """How well signal and gradient come through, 0 to 1: to compare ways to initialise the same network."""
         gradient = self.early_gradient[0]
-        through = min(1.0, EXPLODES / gradient, gradient / VANISHES) if math.isfinite(gradient) else 1.0
-        return 0.0 if math.isnan(self.last_signal) else min(1.0, self.last_signal / ENOUGH) * through
+        says_something = math.isfinite(gradient) and not self.norms_hold_the_scale
+        through = min(1.0, STEEP / gradient, gradient / VANISHES) if says_something else 1.0
+        last_hidden = next((s for s, _ in self._signals()[-2:]), 0.0)  # a head of a few values shows less of it
+        return min(1.0, last_hidden / ENOUGH) * through
 
     def _signals(self) -> list[tuple[float, str]]:
         """What is left of the input in each output, where that is known."""
