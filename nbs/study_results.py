@@ -91,7 +91,7 @@ def networks(df: pd.DataFrame) -> pd.DataFrame:
 
 def score(found: pd.DataFrame) -> pd.Series:
     "How far signal and gradient come through, as a logarithm: what the verdict goes by, without its thresholds."
-    exploding = np.log10(found.excess.astype(float).fillna(1).clip(1e-30) / 50).clip(0)
+    exploding = np.log10(found.excess.astype(float).fillna(1).clip(1e-30) / 12).clip(0)
     return np.log10(found.left.clip(1e-4, 0.35)) - exploding.where(~found.has_norms, 0)
 
 

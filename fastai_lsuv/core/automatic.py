@@ -40,7 +40,7 @@ def choose(discovery: Discovery, options: Options) -> Chosen:
     if plain.trainability.verdict == HEALTHY:
         return Chosen(plain, "your own weights")
     needed = dry_run.n_forward - n_before  # passes, for the others as well
-    best, kept, what = plain, dry_run.kept_state(), "your own weights"
+    best, kept, what = plain, dry_run.kept_state(), ""
     for name, candidate in _candidates(discovery, own, needed):
         room = MOST_PASSES - dry_run.n_forward
         if room < needed or best.trainability.score == 1:
@@ -51,6 +51,8 @@ def choose(discovery: Discovery, options: Options) -> Chosen:
         if tried.n_right >= plain.n_right and tried.trainability.score > best.trainability.score:
             best, kept, what = tried, dry_run.kept_state(), name
     dry_run.restore(kept)
+    if best is plain:
+        return Chosen(plain, "your own weights, as nothing that was tried is better")
     return Chosen(best, f"{what}; plain LSUV: {plain.trainability.verdict}")
 
 

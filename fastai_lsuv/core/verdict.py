@@ -11,7 +11,7 @@ from fastai_lsuv.core.signal import SIGNAL_LOST
 
 # By experiment, as is `SIGNAL_LOST` (`nbs/study.py`): by how much a gradient may grow or shrink on its way to the first
 # layers of a network without norms, beside a linear one.
-EXPLODES, VANISHES = 10.0, 1e-3
+EXPLODES, VANISHES = 12.0, 1e-3
 ENOUGH, STEEP = 0.35, 4.0  # signal at the end and growth, of which more and less, respectively, are no better
 _LAYERS_TO_A_NORM = 4  # at most, if norms hold the scale
 _EARLY = 0.25  # of the layers: where a gradient arrives
@@ -81,11 +81,12 @@ class Trainability:
     @property
     def score(self) -> float:
         """How well signal and gradient come through, 0 to 1: to compare ways to initialise the same network."""
-        if math.isnan(self.last_signal):
+        if not self._with_signal():
             return 0.0
         growth = STEEP if self.steepest is None or self.norms_hold_the_scale else self.steepest.growth
         through = min(1.0, STEEP / growth, growth / VANISHES) if growth else 0.0
-        return min(1.0, self.last_signal / ENOUGH) * through
+        last_hidden = self._with_signal()[-2:][0].signal  # a head of a few values shows less of it
+        return min(1.0, last_hidden / ENOUGH) * through
 
     def _with_signal(self) -> list[Evidence]:
         return [x for x in self.evidence if not math.isnan(x.signal)]
