@@ -1,6 +1,6 @@
 """What the study found: tables with 95 % confidence intervals, tests, and figures, from `study.csv`.
 
-    python nbs/study_results.py    # prints the README's tables, and draws the figures beside this file
+    python nbs/study_results.py    # prints the tables, and draws the figures beside this file
 
 A *cell* is a network before it has weights: kind, activation, depth, width. Each way to initialise it counts at the
 better of its learning rates.
@@ -14,7 +14,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from scipy import stats
 from sklearn.metrics import roc_auc_score
-from study import ACTIVATIONS, CSV, LSUV, NETS, PLAIN, read
+from study import CSV, LSUV, PLAIN, read
+from study_networks import ACTIVATIONS, NETS
 
 HERE = CSV.parent
 CELL = ["net", "act", "depth", "width"]
@@ -22,7 +23,7 @@ N_VALID = 10_000  # images
 COLORS = ["#D55E00", "#56B4E9", "#0072B2", "#009E73"]  # told apart by colour-blind eyes (Okabe & Ito)
 STYLES = ["o:", "s--", "^-.", "D-"]
 
-# --- accuracies ---------------------------------------------------------------------------------------------------------
+# --- accuracies -----------------------------------------------------------------------------------------------------
 
 
 def at_best_rate(df: pd.DataFrame) -> pd.DataFrame:
@@ -58,7 +59,7 @@ def drop_repeated(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def compared(df: pd.DataFrame, one: str, other: str) -> dict[str, float]:
-    "Mean difference of two initialisations over cells and seeds, in points, its 99 % interval, and p of a paired t-test."
+    "Mean difference over cells and seeds, in points, its 99 % interval, and p of a paired t-test."
     both = at_best_rate(df).pivot_table(index=[*CELL, "seed"], columns="init", values="accuracy")[[one, other]].dropna()
     difference = 100 * (both[one] - both[other])
     test = stats.ttest_rel(both[one], both[other])
@@ -71,10 +72,11 @@ def against(df: pd.DataFrame, init: str = "LSUV auto") -> pd.DataFrame:
     means = at_best_rate(df).pivot_table(index=[*CELL, "seed"], columns="init", values="accuracy")
     means = means[means[init].notna()].groupby(CELL).mean()
     by_hand = means.drop(columns=init)
-    return pd.DataFrame({"best": by_hand.max(axis=1), "by": by_hand.idxmax(axis=1), "LSUV": means.LSUV, init: means[init]})
+    best = {"best": by_hand.max(axis=1), "by": by_hand.idxmax(axis=1)}
+    return pd.DataFrame({**best, "LSUV": means.LSUV, init: means[init]})
 
 
-# --- does it train? -----------------------------------------------------------------------------------------------------
+# --- does it train? -------------------------------------------------------------------------------------------------
 
 
 def networks(df: pd.DataFrame) -> pd.DataFrame:
@@ -91,7 +93,7 @@ def networks(df: pd.DataFrame) -> pd.DataFrame:
 
 def score(found: pd.DataFrame) -> pd.Series:
     "How far signal and gradient come through, as a logarithm: what the verdict goes by, without its thresholds."
-    exploding = np.log10(found.excess.astype(float).fillna(1).clip(1e-30) / 12).clip(0)
+    exploding = np.log10(found.growth.astype(float).fillna(1).clip(1e-30) / 12).clip(0)
     return np.log10(found.left.clip(1e-4, 0.35)) - exploding.where(~found.has_norms, 0)
 
 
@@ -121,13 +123,13 @@ def verdicts(found: pd.DataFrame) -> pd.DataFrame:
     return found.groupby(kind).agg(networks=("fails", "size"), fail=("fails", "sum"), share=("share", "median"))
 
 
-# --- figures ------------------------------------------------------------------------------------------------------------
+# --- figures --------------------------------------------------------------------------------------------------------
 
 
 def plot_signal(found: pd.DataFrame) -> Figure:
     "Accuracy, as a share of the best of its cell, over the signal, coloured by the gradient."
     fig, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    grad = found.excess.astype(float).clip(1e-4, 1e4)
+    grad = found.growth.astype(float).clip(1e-4, 1e4)
     for norms, marker in ((False, "o"), (True, "D")):
         part = found[found.has_norms == norms]
         points = ax.scatter(
@@ -138,7 +140,7 @@ def plot_signal(found: pd.DataFrame) -> Figure:
     ax.set(xscale="log", xlabel="signal at the end, before training", ylim=(0, 1.05))
     ax.set_ylabel("accuracy after training,\nas a share of the best of its kind")
     ax.legend(loc="lower right")
-    fig.colorbar(points, label="gradient at the first layer (excess)", extend="both")
+    fig.colorbar(points, label="gradient at the first layer (growth)", extend="both")
     return fig
 
 
@@ -179,7 +181,7 @@ def plot_depth(df: pd.DataFrame) -> Figure:
     return fig
 
 
-# --- the README's parts -------------------------------------------------------------------------------------------------
+# --- the parts of docs/when_it_helps.md -----------------------------------------------------------------------------
 
 
 def plain(df: pd.DataFrame, depth: int = 17) -> pd.DataFrame:
