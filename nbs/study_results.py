@@ -20,6 +20,7 @@ from study_networks import ACTIVATIONS, NETS
 HERE = CSV.parent
 CELL = ["net", "act", "depth", "width"]
 N_VALID = 10_000  # images
+LOST, DEAD, EXPLODES = 0.1, 1e-6, 12  # signal, std and growth at which the verdict changes
 COLORS = ["#D55E00", "#56B4E9", "#0072B2", "#009E73"]  # told apart by colour-blind eyes (Okabe & Ito)
 STYLES = ["o:", "s--", "^-.", "D-"]
 
@@ -93,19 +94,19 @@ def networks(df: pd.DataFrame) -> pd.DataFrame:
 
 def score(found: pd.DataFrame) -> pd.Series:
     "How far signal and gradient come through, as a logarithm: what the verdict goes by, without its thresholds."
-    exploding = np.log10(found.growth.astype(float).fillna(1).clip(1e-30) / 12).clip(0)
+    exploding = np.log10(found.growth.astype(float).fillna(1).clip(1e-30) / EXPLODES).clip(0)
     return np.log10(found.left.clip(1e-4, 0.35)) - exploding.where(~found.has_norms, 0)
 
 
 def roc_auc(found: pd.DataFrame) -> pd.Series:
     "Area under the ROC curve for `fails`: of parts of what is measured, and among parts of the networks."
     after, without, deep = found.init.isin(LSUV), ~found.has_norms, found.depth >= 50
-    scale = found["std"] > 1e-6  # else nothing comes out: a network that LSUV has not seen
+    scale = found["std"] > DEAD  # else nothing comes out: a network that LSUV has not seen
     scores = {
         "signal": found.signal,
         "signal and spread": found.left,
         "signal, spread and gradient": score(found),
-        "the same and std": score(found).where(scale, -9),
+        "the same and std: the verdict": score(found).where(scale, -9),
         "after LSUV": score(found)[after],
         "after LSUV, without norms": score(found)[after & without],
         "after LSUV, 50 layers or more": score(found)[after & deep],
@@ -129,17 +130,18 @@ def verdicts(found: pd.DataFrame) -> pd.DataFrame:
 def plot_signal(found: pd.DataFrame) -> Figure:
     "Accuracy, as a share of the best of its cell, over the signal, coloured by the gradient."
     fig, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    grad = found.growth.astype(float).clip(1e-4, 1e4)
+    grad, seen = found.growth.astype(float).clip(1e-4, 1e4), found.left.where(found["std"] > DEAD, 0).clip(1e-3)
     for norms, marker in ((False, "o"), (True, "D")):
         part = found[found.has_norms == norms]
         points = ax.scatter(
-            part.left.clip(1e-3), part.share, c=grad[part.index], norm=LogNorm(1e-4, 1e4), cmap="coolwarm", s=22,
+            seen[part.index], part.share, c=grad[part.index], norm=LogNorm(1e-4, 1e4), cmap="coolwarm", s=22,
             marker=marker, edgecolors="black", linewidths=0.4, label="with norms" if norms else "without norms",
         )  # fmt: skip
     ax.axhline(0.5, color="grey", linewidth=0.8, linestyle="--")
-    ax.set(xscale="log", xlabel="signal at the end, before training", ylim=(0, 1.05))
+    ax.axvline(LOST, color="grey", linewidth=0.8, linestyle="--")
+    ax.set(xscale="log", xlabel="signal times spread at the end, before training", ylim=(0, 1.05))
     ax.set_ylabel("accuracy after training,\nas a share of the best of its kind")
-    ax.legend(loc="lower right")
+    ax.legend(loc="upper left")
     fig.colorbar(points, label="gradient at the first layer (growth)", extend="both")
     return fig
 
