@@ -70,7 +70,7 @@ def _correct(dry_run: DryRun, discovery: Discovery, options: Options) -> None:
 
 
 def _look(correction: Correction, discovery: Discovery, options: Options, is_last: bool) -> bool:
-    """Measure what has been reached; return whether it takes another pass."""
+    """Measure what has been reached, and return whether another pass is needed."""
     woken, asleep = discovery.look_again()
     correction.leave(dict.fromkeys(asleep, Skip.NEVER_CALLED))
     for layer in () if is_last else woken:

@@ -48,7 +48,8 @@ def lsuv_(
     they are if they make a network that can be trained; otherwise bounded residual branches, mirrored and orthogonal
     weights are tried, in ten passes at most, and the best by signal and gradient is taken.
 
-    Beside the passes, one forward and backward pass of 16 samples shows how a gradient travels.
+    How a gradient travels is measured by one more forward and backward pass, of 16 samples of the batch (with "auto",
+    for each of the initialisations that are tried).
 
     Raises:
         ValueError: an option out of its range, a pattern that matches nothing, a batch with infinity or with NaN that
