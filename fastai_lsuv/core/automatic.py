@@ -15,6 +15,7 @@ from fastai_lsuv.core.verdict import HEALTHY
 from fastai_lsuv.init import delta_orthogonal_, largest_std, looks_linear_
 
 MOST_PASSES = 10  # altogether
+_FEWEST = 2  # one that corrects, one that measures
 _ALIKE = 0.05  # by how much one activation may differ from another at most, within 3 std
 
 
@@ -39,7 +40,8 @@ def choose(discovery: Discovery, options: Options) -> Chosen:
         return Chosen(plain)
     if plain.trainability.verdict == HEALTHY:
         return Chosen(plain, "your own weights")
-    needed = dry_run.n_forward - n_before  # passes, for the others as well
+    all_right = plain.n_right == len(plain.trainability.evidence)
+    needed = dry_run.n_forward - n_before if all_right else _FEWEST  # passes; those in vain say nothing of others
     best, kept, what = plain, dry_run.kept_state(), ""
     for name, candidate in _candidates(discovery, own, needed):
         room = MOST_PASSES - dry_run.n_forward
