@@ -11,7 +11,6 @@ from torch import nn
 from zoo import ARCHITECTURES, architecture
 
 from fastai_lsuv import lsuv_
-from fastai_lsuv.core import signal as core
 from fastai_lsuv.core.signal import signal
 from fastai_lsuv.demo import digits_dls, plain_cnn
 
