@@ -12,19 +12,19 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
-from fastai_lsuv.core.errors import CannotRun
+from fastai_lsuv.core.errors import CannotRun, shown
 from fastai_lsuv.core.lsuv import lsuv_, run
 from fastai_lsuv.core.modules import open_modules
-from fastai_lsuv.core.options import Options
+from fastai_lsuv.core.options import Options, with_options
 from fastai_lsuv.learner.distributed import group_of
-from fastai_lsuv.learner.first_batch import as_fed
+from fastai_lsuv.learner.first_batch import as_fed, check_batch
 from fastai_lsuv.learner.guards import Decision, decision_on, keep, refusal, settle, what_to_tell
 from fastai_lsuv.learner.loads import LoadWatch
 from fastai_lsuv.learner.loop import came_through_fit
+from fastai_lsuv.learner.progress import progress_of
 from fastai_lsuv.report import LSUVReport
 
 
-@delegates(lsuv_)
 class LSUVCallback(Callback):
     """Initialise a fresh network by LSUV before the first step of its first fit: `lsuv_` as a fastai `Callback`.
 
@@ -45,7 +45,7 @@ class LSUVCallback(Callback):
         >>> learn = Learner(digits_dls(), plain_cnn(), cbs=LSUVCallback())
         >>> with learn.no_bar(), learn.no_logging():
         ...     learn.fit(1)  # doctest: +ELLIPSIS
-        LSUV: 17 of 17 layers right, worst mean ...
+        LSUV: 17 corrected; worst mean ...
         >>> learn.lsuv_report["head"].status
         'corrected'
     """
@@ -56,14 +56,19 @@ class LSUVCallback(Callback):
     _learn: Learner | None = None
     _watch: LoadWatch | None = None
     _decision: Decision | None = None  # not to run
+    _declined = ""  # why the last fit went on without LSUV
 
+    @delegates(lsuv_)
+    @with_options
     def __init__(
         self,
+        *,
         batch: Any = None,  # a batch as the DataLoaders give it, `(xb, yb)`; `None` takes one from `learn.dls`
         verbose: bool = True,  # print one line that says what was done
         **kwargs: Any,
     ) -> None:
-        Options.of("LSUVCallback", kwargs)  # a wrong one should be told now, not at the first fit
+        check_batch(batch)
+        Options(**kwargs)  # a wrong one should be told now, not at the first fit
         super().__init__()
         self.batch, self.verbose, self.options = batch, verbose, kwargs
         self.report: LSUVReport | None = None
@@ -104,12 +109,20 @@ class LSUVCallback(Callback):
         if sign is not None:
             return what_to_tell(learn, settle(learn, self, sign))
         try:
-            self.report = _initialise(learn, self.batch, self.options, begun=self.order)
+            self.report = _initialise(learn, self.batch, self.options, begun=self.order, with_bar=self.verbose)
         except CannotRun as error:  # training can do without LSUV
-            reason = str(error).partition("\n")[0]
-            return f"LSUV: not run, because {reason}"
-        others = [cb for cb in learn._grab_cbs(LSUVCallback) if cb.options != self.options]
-        return self.report.summary() + "; another LSUVCallback has other options: these are not used" * bool(others)
+            self._declined = str(error).partition("\n")[0]
+            return f"LSUV: not run, because {self._declined}"
+        others = [repr(cb) for cb in learn._grab_cbs(LSUVCallback) if cb.options != self.options]
+        unused = f"; not used, as LSUV runs once per model: {', '.join(others)}" if others else ""
+        return self.report.summary() + unused
+
+    def __repr__(self) -> str:
+        """The options as they were given."""
+        given = {"batch": self.batch} if self.batch is not None else {}
+        given |= ({} if self.verbose else {"verbose": False}) | self.options
+        options = ", ".join(f"{name}={shown(value)}" for name, value in given.items())
+        return f"{type(self).__name__}({options})" if options else type(self).__name__
 
     def __getstate__(self) -> dict[str, Any]:
         """All but training data."""
@@ -124,6 +137,7 @@ class LSUVCallback(Callback):
 
 @patch
 @delegates(lsuv_)
+@with_options
 def lsuv_init(
     self: Learner,
     batch: Any = None,  # a batch as the DataLoaders give it, `(xb, yb)`; `None`: the callback's, or one of `learn.dls`
@@ -148,18 +162,22 @@ def lsuv_init(
         >>> learn.lsuv_init(exclude="head").converged
         True
     """
-    Options.of("lsuv_init", kwargs)
     for cb in self._grab_cbs(LSUVCallback):
         batch, kwargs = cb.batch if batch is None else batch, cb.options | kwargs
     self.model.to(getattr(self.dls, "device", None))  # as every fit and validation does
     return _initialise(self, batch, kwargs)
 
 
-def _initialise(learn: Learner, batch: Any, options: dict[str, Any], begun: float = -math.inf) -> LSUVReport:
-    checked = Options(**options)
-    report = group_of(learn).initialise(
-        learn.model, as_fed(learn, batch, begun), lambda call: run(learn.model, call, checked, as_it_stands=True)
-    )
+def _initialise(
+    learn: Learner, batch: Any, options: dict[str, Any], begun: float = -math.inf, with_bar: bool = True
+) -> LSUVReport:
+    checked, group = Options(**options), group_of(learn)
+    with progress_of(learn, with_bar and group.rank == 0) as on_layer:
+        report = group.initialise(
+            learn.model,
+            as_fed(learn, batch, begun),
+            lambda call: run(learn.model, call, checked, as_it_stands=True, on_layer=on_layer),
+        )
     if not checked.only_measures:  # a diagnosis is no initialisation
         keep(learn, report)
     return report
@@ -172,9 +190,12 @@ def _getattr(self: Learner, name: str) -> Any:
     """Delegate to the model as ever; but where there is no report say why, for the model's own error helps nobody."""
     if name != "lsuv_report":
         return _ask_the_model(self, name)
-    if sign := refusal(self):
+    callbacks = self._grab_cbs(LSUVCallback)
+    if declined := next((cb._declined for cb in callbacks if cb._declined), ""):
+        why = f"a fit went on without it, because {declined}; once that is mended: learn.lsuv_init()"
+    elif sign := refusal(self):
         why = f"this network looks trained ({sign}); to overwrite its weights anyway: learn.lsuv_init()"
-    elif self._grab_cbs(LSUVCallback):
+    elif callbacks:
         why = "it will when the first fit begins; to run it now: learn.lsuv_init()"
     else:
         why = "fit with LSUVCallback(), or call learn.lsuv_init()"

@@ -14,24 +14,19 @@ from typing import Any, NoReturn
 import fastai.callback.progress  # the progress bars
 import fastai.callback.schedule  # noqa: F401  (`fit_one_cycle`)
 import pandas as pd
-import torch
 from fastai.callback.core import Callback
-from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
-from fastai.data.core import DataLoaders
-from fastai.data.transforms import IndexSplitter, ItemGetter
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.torch_core import no_random
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import nn
 
 from fastai_lsuv.callback import LSUVCallback
+from fastai_lsuv.data import digits_dls, fashion_dls
 from fastai_lsuv.plots.curves import plot_runs
 from fastai_lsuv.plots.layers import plot_demo
 from fastai_lsuv.recorder import ActivationStatsRecorder
 
-__all__ = ["digits_dls", "main", "plain_cnn"]
+__all__ = ["digits_dls", "fashion_dls", "main", "plain_cnn"]
 
 ACTIVATIONS = MappingProxyType(
     {
@@ -45,38 +40,6 @@ ACTIVATIONS = MappingProxyType(
     }
 )
 RUNS = ("default weights", "LSUV")
-
-
-def digits_dls(
-    bs: int = 64,  # images in a batch
-    seed: int = 42,  # of the split and of the order in which training shuffles
-    valid_pct: float = 0.2,  # share of the images that is held out, each digit's alike
-) -> DataLoaders:  # of 1,437 and 360 images
-    """DataLoaders of scikit-learn's digits: 1,797 scans of handwritten digits, in ten classes.
-
-    Inputs are float tensors of shape (bs, 1, 8, 8) with the mean and std of the training images taken out; targets are
-    the digits, 0 to 9. The same seed gives the same batches, and the global random state is left as it was. They are
-    `sklearn.datasets.load_digits`, by way of fastai's `DataBlock`.
-
-    Example:
-        >>> from fastai_lsuv.demo import digits_dls
-        >>> xb, yb = digits_dls().one_batch()
-        >>> xb.shape, yb.shape
-        (torch.Size([64, 1, 8, 8]), torch.Size([64]))
-    """
-    images, digits = load_digits(return_X_y=True)
-    x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8)
-    train, valid = train_test_split(range(len(x)), test_size=valid_pct, random_state=seed, stratify=digits)
-    std, mean = torch.std_mean(x[train])
-    block = DataBlock(
-        blocks=(TransformBlock, CategoryBlock),
-        get_items=lambda images: list(zip(images, digits.tolist(), strict=True)),  # of a source fastai makes a string
-        get_x=ItemGetter(0),
-        get_y=ItemGetter(1),
-        splitter=IndexSplitter(valid),
-    )
-    with no_random(seed):  # a fastai DataLoader seeds its shuffling from Python's `random`
-        return block.dataloaders((x - mean) / std, bs=bs, num_workers=0)
 
 
 def plain_cnn(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from fastai_lsuv.core.errors import shown
 
 __all__ = ["critical_std", "delta_orthogonal_", "looks_linear_"]
 
@@ -110,6 +112,7 @@ def critical_std(
 
     Raises:
         ValueError: depth below 1, or an activation without an odd part (|z|, z²), which mirrored weights cancel.
+        TypeError: the name or the class of an activation in place of a function of tensors.
 
     Example:
         >>> from torch import nn
@@ -117,29 +120,44 @@ def critical_std(
         >>> critical_std(nn.ReLU(), depth=100), round(critical_std(nn.Tanh(), depth=100), 2)
         (1.0, 0.33)
     """
+    given: Any = act
+    if isinstance(given, type) or not callable(given):
+        raise TypeError(f"act={shown(given)}: expected a function of tensors, such as torch.tanh or nn.Tanh()")
     if depth < 1:
         raise ValueError(f"depth={depth!r}: expected a whole number of at least 1")
+    return largest_std([(act, depth)])
+
+
+def largest_std(
+    layers: Sequence[tuple[Callable[[Tensor], Tensor], int]],  # activations, and how many layers each is behind
+) -> float:
+    """Return the largest std up to 1 with which a gradient grows by less than e; see `critical_std`."""
     z = torch.linspace(-8, 8, 4001, dtype=torch.float64)
     density = torch.exp(-z.square() / 2)
 
     def growth(s: float) -> float:
         """Of the variance of gradients, from the last layer to the first, as a logarithm."""
-        x = (s * z).requires_grad_()
-        with torch.enable_grad():
-            psi = act(x * 1) - act(-x)  # not a leaf, for activations that work in place
-            (slope,) = torch.autograd.grad(psi.sum(), x)
-        ratio = s**2 * (slope.square() * density).sum() / (psi.detach().square() * density).sum()
-        if not 0 < ratio < math.inf:
-            raise ValueError(f"act={act!r}: expected an activation with an odd part, φ(z) - φ(-z) not zero")
-        return depth * math.log(ratio)
+        return sum(n * _log_growth(act, s * z, s, density) for act, n in layers)
 
     low, high = 1e-3, 1.0
     if growth(high) <= 1:
         return high
-    for _ in range(50):
+    for _ in range(30):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if growth(middle) <= 1 else (low, middle)
     return low
+
+
+def _log_growth(act: Callable[[Tensor], Tensor], values: Tensor, s: float, density: Tensor) -> float:
+    """Growth by one layer, log χ, at Gaussian values of std s."""
+    x = values.clone().requires_grad_()
+    with torch.enable_grad():
+        psi = act(x * 1) - act(-x)  # not a leaf, for activations that work in place
+        (slope,) = torch.autograd.grad(psi.sum(), x)
+    ratio = s**2 * (slope.square() * density).sum() / (psi.detach().square() * density).sum()
+    if not 0 < ratio < math.inf:
+        raise ValueError(f"act={shown(act)}: expected an activation with an odd part, φ(z) - φ(-z) not zero")
+    return math.log(ratio)
 
 
 def for_layer(init: Callable[..., Any], layer: nn.Module, first: bool) -> Callable[[Tensor], Any]:

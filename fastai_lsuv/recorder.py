@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -16,9 +15,10 @@ from fastai.torch_core import rank_distrib
 from torch import nn
 
 from fastai_lsuv.core.modules import has_parameters, plain
+from fastai_lsuv.core.options import with_options
 from fastai_lsuv.core.selection import Choice
 from fastai_lsuv.learner.loop import at_end_of_next_stage, came_through_fit, phase_of_batch
-from fastai_lsuv.recording.arguments import check, check_names
+from fastai_lsuv.recording.arguments import check
 from fastai_lsuv.recording.budget import Budget, Clock, DeviceClock
 from fastai_lsuv.recording.capture import Capture, columns
 from fastai_lsuv.recording.history import History, Layer, Record
@@ -74,6 +74,7 @@ class ActivationStatsRecorder(Reading, Callback):
     # nothing that they do is seen, and they find no hook on the model.
     order = math.inf
 
+    @with_options
     def __init__(  # noqa: PLR0913
         self,
         modules: Choice = None,  # any modules, as for `lsuv_`; `None`: every leaf but PyTorch's for pooling, …
@@ -89,9 +90,7 @@ class ActivationStatsRecorder(Reading, Callback):
         stop_on: str | Collection[str] | Callable[[pd.DataFrame], Any] = (),  # verdicts that end the fit, or a function
         live: bool = False,  # in a notebook, draw `plot_stats()` anew while it trains, at 1 % of the time
         verbose: bool = True,  # say at the end of a fit what is wrong, and what could not be recorded
-        **unknown: Any,
     ) -> None:
-        check_names(unknown, [*inspect.signature(ActivationStatsRecorder).parameters][:-1])
         check(modules, every, near_zero, max_records, stop_on)
         super().__init__()
         self.modules, self.exclude, self.every, self.with_hist = modules, exclude, every, with_hist
@@ -126,7 +125,7 @@ class ActivationStatsRecorder(Reading, Callback):
         capture, budget = Capture(model, [*layers.values()], self.with_grad), Budget(_clock_of(model))
         self._model, self._session = ref(model), Session(self._fits, self._steps, [*layers], places, capture, budget)
         self._fits += 1
-        self._chart = LiveChart(self._stats_figure) if self.live else None
+        self._chart = LiveChart(self.plot_stats) if self.live else None
         at_end_of_next_stage(learn, self._look_away)
 
     def before_batch(self) -> None:

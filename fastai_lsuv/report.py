@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import html
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from statistics import median
 from typing import TYPE_CHECKING, Any, overload
 
 import pandas as pd
 
-from fastai_lsuv.core.reasons import Note
+from fastai_lsuv.core.signal import SIGNAL_LOST
 from fastai_lsuv.plots.layers import plot_report
+from fastai_lsuv.summary import judged, number, summary_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fastai_lsuv.learner.guards import Decision
 
+_WORDS = "status", "reason"
 STATUSES = ("corrected", "unchanged", "skipped", "not_converged")
-_MEAN_KEPT = {Note.NO_BIAS.value, Note.ONE_SIGN.value, Note.PRIOR.value}
-_TOLD = {Note.OTHERS.value: "", Note.BIAS_MOVED.value: " (exclude= leaves it)"}  # of layers that are right, too
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,10 @@ class Row:
     n_iter: int  # corrections made
     status: str  # corrected, unchanged (was there already), skipped, not_converged
     reason: str  # why, in a fixed phrase (or several, with "; " between them), where there is something to say
+    signal_before: float = math.nan  # share of the std that is due to the input, 0 to 1: at 0 all inputs look the same
+    signal_after: float = math.nan  # the same of the finished network
+    spread_after: float = math.nan  # 1 - 1 / number of directions in which inputs differ: 0 if all lie on one line
+    grad_after: float = math.nan  # elasticity: a change of the output by 1 % changes the network's by so many per cent
 
     @property
     def notes(self) -> set[str]:
@@ -68,7 +70,7 @@ class LSUVReport(Sequence[Row]):
         0    0        1.0
         1    2        1.0
         >>> print(report.summary())  # doctest: +ELLIPSIS
-        LSUV: 2 of 2 layers right, worst mean ...
+        LSUV: 2 corrected; worst mean ...
         >>> figure = report.plot()
     """
 
@@ -81,8 +83,12 @@ class LSUVReport(Sequence[Row]):
         seconds: float,  # wall time of all
         mean: float | None = 0.0,  # wanted mean
         std: float | None = 1.0,  # wanted standard deviation
+        verdict: str = "healthy",  # whether the network can be trained, by signal and gradient
+        remedy: str = "",  # what to do about that
+        init: str = "",  # of `init="auto"`: what was taken, and why
     ) -> None:
         self.rows, self.n_forward, self.seconds, self.mean, self.std = tuple(rows), n_forward, seconds, mean, std
+        self.verdict, self.remedy, self.init = verdict, remedy, init
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_decision"}
@@ -119,54 +125,20 @@ class LSUVReport(Sequence[Row]):
         """All rows, for pandas."""
         return pd.DataFrame([asdict(row) for row in self.rows], columns=[f.name for f in fields(Row)])
 
-    def plot(self) -> Figure:  # of matplotlib
-        """Draw the mean and standard deviation of every layer, before beside after."""
-        return plot_report(self.to_frame(), mean=self.mean, std=self.std)
+    def plot(self) -> Figure:  # which a notebook shows, and `savefig` writes
+        """Draw std, mean and signal of every layer's output, before beside after, and how a gradient travels back."""
+        return plot_report(self.to_frame(), self.mean, self.std, judged(self), SIGNAL_LOST)
 
     def summary(self) -> str:  # one line
-        """How many layers, worst mean and std before → after, seconds, what was skipped and why."""
-        if not self.rows:
-            return f"LSUV: nothing to correct, {self.seconds:.2f} s"
-        done = [row for row in self.rows if row.status != "skipped"]
-        only_measured = self.mean is None and self.std is None
-        right = [row for row in done if row.status != "not_converged"]
-        parts = [f"LSUV: {len(right)} of {len(self.rows)} layers {'measured' if only_measured else 'right'}"]
-        if done:
-            for what, asked, wanted in (("mean", self.mean, self.mean or 0.0), ("std", self.std, self.std or 1.0)):
-                excused = _MEAN_KEPT if what == "mean" else {Note.ENDS_BRANCH.value}
-                judged = [row for row in done if not excused & row.notes]
-                if not judged or (asked is None and not only_measured):  # what was left alone isn't right or wrong
-                    continue
-                before, after = (_farthest(judged, f"{what}_{when}", wanted) for when in ("before", "after"))
-                parts.append(f"worst {what} {before}" if only_measured else f"worst {what} {before} → {after}")
-        if at_end := [row for row in done if Note.ENDS_BRANCH.value in row.notes]:
-            usual = median(row.std_after for row in at_end)
-            parts.append(f"{len(at_end)} that end a branch {_farthest(at_end, 'std_after', usual)}")
-        parts.append(f"{self.seconds:.2f} s")
-        return "; ".join([", ".join(parts), *self._left()])
-
-    def _left(self) -> list[str]:
-        """What isn't as wanted, by reason."""
-        groups = defaultdict(list)
-        for row in self.rows:
-            if row.status in ("skipped", "not_converged"):
-                groups[row.status.replace("_", " "), row.reason].append(row.name or row.type)
-        told = defaultdict(list)
-        for row in self.rows:
-            for note in row.reason.split("; ") if row.status != "skipped" else ():
-                if (phrase := note.partition(": ")[0]) in _TOLD:
-                    told[note.replace(": ", " (") + ")" * (": " in note) + _TOLD[phrase]].append(row.name or row.type)
-        left = [
-            f"{len(names)} {status}{f' ({reason})' if reason else ''}: {few(names)}"
-            for (status, reason), names in groups.items()
-        ]
-        return left + [f"{note} in {len(names)}: {few(names)}" for note, names in told.items()]
+        """How many layers, what was skipped and why, worst mean and std before → after, seconds, and the verdict."""
+        return summary_line(self)
 
     def _table(self) -> pd.DataFrame:
-        """The frame as text, for printing."""
+        """The frame as text, for printing: words last."""
         frame = self.to_frame()
+        frame = frame[[*frame.columns.drop(list(_WORDS)), *_WORDS]]
         for column in frame.select_dtypes("float"):
-            frame[column] = [_number(x) for x in frame[column]]
+            frame[column] = [number(x) for x in frame[column]]
         return frame.rename(columns={"n_calls": "calls", "n_iter": "steps"}).astype(str)
 
     def __repr__(self) -> str:
@@ -182,20 +154,3 @@ class LSUVReport(Sequence[Row]):
 
     def _repr_html_(self) -> str:
         return f"{self._table().to_html(index=False)}<p>{html.escape(self.summary())}</p>"
-
-
-def _number(x: float) -> str:
-    if math.isnan(x):
-        return "-"
-    return f"{x:.4f}" if 1e-3 <= abs(x) < 1e4 or x == 0 else f"{x:.1e}"
-
-
-def _farthest(rows: Sequence[Row], column: str, wanted: float) -> str:
-    """The value that is farthest from the wanted one."""
-    values = [getattr(row, column) for row in rows]
-    return _number(max(values, key=lambda x: abs(x - wanted) if not math.isnan(x) else float("inf")))
-
-
-def few(names: Sequence[str], most: int = 3) -> str:
-    """The first names, and how many there are beyond."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -308,3 +308,58 @@ def moved(before: dict, model) -> set[str]:
     now = parameter_bits(model)
     assert before.keys() == now.keys()
     return {n for n in now if now[n] != before[n]}
+
+
+@contextmanager
+def watching_affine(model, saw):
+    "Call `saw(name, out)` with each affine layer's output, before anything that works in place can touch it."
+    handles = [
+        m.register_forward_hook(lambda m, args, out, name=name: saw(name, first_tensor(out)), prepend=True)
+        for name, m in model.named_modules()
+        if isinstance(m, AFFINE)
+    ]
+    try:
+        yield
+    finally:
+        for h in handles:
+            h.remove()
+
+
+def signal(model, batch) -> dict[str, float]:
+    """The share of each affine layer's std that is due to the input, by name, in the order in which they run.
+
+    It is the std over the batch at the same place (root mean square over the places) over the std of all values: 0
+    where all samples look the same. A layer's calls are taken together; a batch of one has none (NaN)."""
+    seen = {}
+
+    def saw(name, out):
+        seen.setdefault(name, []).append(out.detach().double().flatten(1))
+
+    with watching_affine(model, saw), as_in_training(model):
+        call(model, batch)
+    places = {name: torch.cat(calls, 1) for name, calls in seen.items()}
+    return {n: (y.var(0).mean() / y.var()).sqrt().item() if len(y) > 1 else np.nan for n, y in places.items()}
+
+
+def elasticity(model, batch, seed=0) -> dict[str, float]:
+    """How much larger a small relative change of each affine layer's output is once it arrives at the model's, by name.
+
+    It is |g| |y| / (|v| |out|) for a layer's output y, a random direction v and the gradient g of <out, v> at y. A
+    layer's calls are taken together; a layer that the output does not depend on has 0."""
+    edges, norms = {}, {}
+
+    def saw(name, out):
+        edges.setdefault(name, []).append(torch.autograd.graph.get_gradient_edge(out))
+        norms.setdefault(name, []).append(out.detach().double().norm().item())
+
+    with as_in_training(model), torch.enable_grad():
+        with watching_affine(model, saw):
+            out = first_tensor(call(model, batch))
+        v = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=out.dtype)
+        every = [edge for calls in edges.values() for edge in calls]
+        grads = iter(torch.autograd.grad(out, every, v, allow_unused=True))
+    found, scale = {}, (v.double().norm() * out.detach().double().norm()).item()
+    for name, calls in norms.items():
+        g = [0.0 if grad is None else grad.double().norm().item() for grad in itertools.islice(grads, len(calls))]
+        found[name] = float(np.linalg.norm(g) * np.linalg.norm(calls) / scale)
+    return found

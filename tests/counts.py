@@ -17,11 +17,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from fastai_lsuv import ActivationStatsRecorder, lsuv_
-from fastai_lsuv.core import statistics
+from fastai_lsuv.core import attempt, statistics
 
 WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}
 FETCHES = "tolist", "cpu"  # no operations on a CPU, but on a device they wait, too
-VIEWS = ("view", "detach", "alias", "expand", "permute", "transpose", "aten.t.", "squeeze", "select", "slice", "split")
+VIEWS = (
+    *("view", "as_strided", "detach", "alias", "expand", "permute", "transpose"),
+    *("aten.t.", "squeeze", "select", "slice", "split"),
+)
 
 # the code that an accelerator runs: there is a single place that tells whether values are at hand
 as_on_a_device = partial(patch.object, statistics, "at_hand", lambda x: False)
@@ -97,6 +100,10 @@ class Cost(NamedTuple):
     waits: int  # in all of it
 
 
+# measured by a pass of its own, of a few samples
+without_gradient = partial(patch.object, attempt, "gradients", lambda dry_run, modules: {})
+
+
 def of_lsuv(model, x, **options):
     model.train()  # as LSUV measures: norms on the batch's statistics
     outputs = []
@@ -106,7 +113,7 @@ def of_lsuv(model, x, **options):
         model(x)
     for handle in handles:
         handle.remove()
-    with as_on_a_device(), Counts() as whole:
+    with as_on_a_device(), without_gradient(), Counts() as whole:
         report = lsuv_(model, x, **options)
     assert report.converged and len(report) == len(layers)
     operations = (whole.total - report.n_forward * forward.total) / len(layers) / report.n_forward

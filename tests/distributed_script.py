@@ -165,7 +165,7 @@ def train(rank, model="plain", given=True, lsuv=True, loaded=(), done=(), **opti
     own, inputs = state(net), []
     if model == "norms":
         own |= {n: b.copy_(torch.rand_like(b)).clone() for n, b in net.named_buffers() if "running" in n}
-    learn = learner(rank, net, cbs=LSUVCallback(own_batch(rank) if given else None, **options) if lsuv else None)
+    learn = learner(rank, net, cbs=LSUVCallback(batch=own_batch(rank) if given else None, **options) if lsuv else None)
     if rank in loaded:
         net.load_state_dict(own)
     if rank in done:
@@ -218,7 +218,7 @@ def fails(rank, where, kind, on=1):
     result = {"own": own}
     with together(learn):
         try:
-            learn.fit(1, cbs=LSUVCallback(None if where == "data" else batch))
+            learn.fit(1, cbs=LSUVCallback(batch=None if where == "data" else batch))
         except BaseException as e:
             result |= {"error": type(e).__name__, "text": str(e)}
         result |= {
@@ -227,7 +227,7 @@ def fails(rank, where, kind, on=1):
             "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules()),
         }
         learn.dls = loaders(rank)
-        learn.add_cb(look := Look()).fit(1, cbs=LSUVCallback(own_batch(rank)))
+        learn.add_cb(look := Look()).fit(1, cbs=LSUVCallback(batch=own_batch(rank)))
     return result | {"after": look.after, "ran again": "lsuv_report" in vars(learn)}
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from audit import audit, differences, fingerprint, rng_print
+from audit import audit, differences, elasticity, fingerprint, rng_print, signal
 from models import Shared, convnet, images, rows
 from torch import nn
 
@@ -92,3 +92,51 @@ def test_fingerprint_forgives_only_the_values_it_is_told_to():
     assert not differences(before, fingerprint(net), but={"0.weight"})
     net[0].weight = nn.Parameter(net[0].weight.data)
     assert differences(before, fingerprint(net), but={"0.weight"}) == [("param", "0.weight")]
+
+
+def test_signal_is_what_the_input_tells_apart():
+    net, x = nn.Sequential(nn.Linear(1, 1), nn.Flatten()), torch.randn(1000, 1)
+    assert signal(net, x)["0"] == pytest.approx(1)
+    wide = nn.Linear(1, 2)  # outputs x and x + 2: a std of 1 over the batch, of √2 altogether
+    with torch.no_grad():
+        wide.weight.fill_(1)
+        wide.bias.copy_(torch.tensor([0.0, 2.0]))
+    assert signal(wide, x)[""] == pytest.approx(0.5**0.5, abs=0.03)
+
+
+def test_no_signal_where_all_samples_are_the_same():
+    assert signal(nn.Linear(4, 3), torch.ones(8, 4))[""] == 0
+    assert math.isnan(signal(nn.Linear(4, 3), rows(1)[:, :4])[""])
+
+
+def test_elasticity_counts_relative_changes():
+    net = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 10, bias=False))
+    with torch.no_grad():
+        net[0].weight.copy_(5 * torch.eye(10))
+        net[1].weight.copy_(0.01 * torch.eye(10))
+    assert elasticity(net, rows()) == {"0": pytest.approx(1), "1": pytest.approx(1)}  # whatever the scales
+    with torch.no_grad():
+        net[1].weight.copy_(torch.eye(10))
+        net[1].bias = nn.Parameter(-net[0](rows()).mean(0) + 1)
+    y = net[0](rows())
+    assert elasticity(net, rows())["0"] == pytest.approx((y.norm() / net(rows()).norm()).item(), rel=1e-4)
+
+
+def test_elasticity_is_not_fooled_by_an_activation_that_overwrites():
+    torch.manual_seed(3)
+    fooled, plain = convnet(), convnet(act=nn.ReLU)
+    plain.load_state_dict(fooled.state_dict())
+    x, before = images(), fingerprint(fooled)
+    assert elasticity(fooled, x) == elasticity(plain, x) and not differences(before, fingerprint(fooled))
+
+
+def test_a_layer_that_the_output_does_not_depend_on_has_no_elasticity():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(10, 2), nn.Linear(10, 2)
+
+        def forward(self, x):
+            return self.used(x) if self.unused(x) is not None else None
+
+    assert elasticity(Unused(), rows()) == {"unused": 0, "used": pytest.approx(1)}

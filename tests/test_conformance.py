@@ -157,14 +157,14 @@ def test_tables_count_and_hide_nothing(verdicts, tmp_path):
     assert "1 of 2 architectures right" in tables.summary(
         verdicts
     ) and "of 7 layers 5 at their target" in tables.summary(verdicts)
-    assert "wrong: std \\| 2" in tables.markdown(verdicts) and "1 constant output" in tables.markdown(verdicts)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
-    tables.put_into(readme, "new")
-    assert readme.read_text() == f"before\n{tables.BEGIN}\nnew\n{tables.END}\nafter\n"
-    readme.write_text("nothing")
+    assert "| std \\| 2" in tables.markdown(verdicts) and "1 constant output" in tables.markdown(verdicts)
+    page = tmp_path / "layers.md"
+    page.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    tables.put_into(page, "new")
+    assert page.read_text() == f"before\n{tables.BEGIN}\nnew\n{tables.END}\nafter\n"
+    page.write_text("nothing")
     with pytest.raises(ValueError, match="has no"):
-        tables.put_into(readme, "new")
+        tables.put_into(page, "new")
 
 
 def test_one_that_hangs_or_dies_ends_nothing_else(monkeypatch):

@@ -22,7 +22,7 @@ def test_both_runs_are_shown_side_by_side(tmp_path, capsys, monkeypatch):
     for text in (
         "default weights: 5 layers",
         "LSUV: 5 layers",
-        "LSUV: 5 of 5 layers right",
+        "LSUV: 5 corrected",
         "activations over the training",
         "verdict",
         "validation accuracy",

@@ -1,8 +1,9 @@
 """What is public is documented, in docstrings that run, and the site that shows it builds without a warning."""
 
 import doctest
-import html
 import inspect
+import json
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from fastai_lsuv.recording.reading import Reading
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
-from autodocments import meanings  # noqa: E402  (what the site shows)
+from reference import CONTENTS, PAGE, meanings, page  # noqa: E402  (what the site shows)
 
 PUBLIC = (
     {name: getattr(fastai_lsuv, name) for name in fastai_lsuv.__all__}
@@ -100,23 +101,34 @@ def test_the_site_builds_without_a_warning(build):
     assert (build.returncode, build.stdout, build.stderr) == (0, "", "")
 
 
-def test_the_reference_shows_everything_with_the_comment_of_every_parameter(site):
-    page = (site / "docs" / "reference.html").read_text(encoding="utf-8")
+def test_the_reference_is_written_from_the_docstrings_of_today():
+    assert PAGE.read_text(encoding="utf-8") == page(), "python docs/reference.py writes it anew"
+
+
+def test_the_reference_has_everything_public_with_the_comment_of_every_parameter():
+    text = page()
     comments = [(name, *comment) for name in PUBLIC | MEMBERS for comment in meanings(function(name)).items()]
-    missing = [(name, of) for name, of, meaning in comments if meaning.replace("`", "") not in entry(page, name)]
-    assert comments and not missing
+    assert PUBLIC.keys() - {name for names in CONTENTS.values() for name in names} == set()
+    assert [(name, of) for name, of, meaning in comments if meaning not in entry(text, name)] == []
 
 
-def entry(page, name):
-    "The words that the reference has for a name."
-    found = re.search(rf'<dt [^>]*id="[\w.]*\b{re.escape(name)}".*?</dt>\n<dd>(.*?)(?=<dt class="sig|\Z)', page, re.S)
-    return " ".join(html.unescape(re.sub(r"<[^>]+>", "", found[1])).split()) if found else ""
+def entry(text, name):
+    "What the reference has on a name."
+    found = re.search(rf"^#+ `{re.escape(name)}`$(.*?)(?=^#+ |\Z)", text, re.M | re.S)
+    return found[1] if found else ""
+
+
+def pages(site):
+    "The pages that are read, by their path in the site; not those of the source."
+    folders = [ROOT / "docs", ROOT / "nbs"]
+    files = [path for folder in folders for path in folder.iterdir() if path.suffix in (".md", ".ipynb")]
+    return {p.relative_to(ROOT).with_suffix(".html").as_posix(): site / p.relative_to(ROOT).with_suffix(".html")
+            for p in [*files, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]}  # fmt: skip
 
 
 def test_pages_link_to_pages_of_the_site(site):
     "Relative links in the repository become links in the site; what the site needs, it has."
-    pages = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *(f"nbs/{p.name}" for p in (ROOT / "nbs").glob("*.ipynb"))]
-    assert not [(page, target) for page in pages for target in broken_links((site / page).with_suffix(".html"))]
+    assert not [(name, target) for name, path in pages(site).items() for target in broken_links(path)]
 
 
 def broken_links(page):
@@ -124,12 +136,59 @@ def broken_links(page):
     for target in re.findall(r'(?:href|src)="([^"#?]+)', page.read_text(encoding="utf-8")):
         if "://" in target or target.startswith(("data:", "mailto:")):
             continue
-        if not (page.parent / target).exists() or target.endswith((".md", ".ipynb")):
+        if not (page.parent / target).exists() or target.endswith((".md", ".ipynb", ".py")):
             yield target
 
 
-def test_every_page_is_in_the_contents(site):
-    contents = (site / "README.html").read_text(encoding="utf-8")
-    pages = {p.relative_to(site).as_posix() for folder in ("docs", "nbs") for p in (site / folder).glob("*.html")}
-    assert pages and all(f'href="{page}"' in contents for page in pages)
-    assert "url=README.html" in (site / "index.html").read_text(encoding="utf-8")
+def test_every_page_is_in_the_contents_and_the_site_begins_with_a_page_of_its_own(site):
+    contents = (site / "docs" / "options.html").read_text(encoding="utf-8")
+    for name in pages(site).keys() - {"docs/options.html", "docs/index.html"}:
+        assert f'href="{os.path.relpath(name, "docs")}"' in contents, name
+    assert "url=docs/index.html" in (site / "index.html").read_text(encoding="utf-8")
+
+
+def test_formulas_are_formulas_without_a_script(site):
+    for name, path in pages(site).items():
+        text = re.sub(r"<(pre|code|script)\b.*?</\1>", "", path.read_text(encoding="utf-8"), flags=re.S)
+        assert "$$" not in text, name
+    text = (site / "nbs" / "02_how_lsuv_works.html").read_text(encoding="utf-8")
+    assert text.count('<div class="formula"><svg') >= 2
+    assert 'aria-label="\\sqrt n"' in text
+
+
+def test_nothing_comes_from_the_network(site):
+    for name, path in pages(site).items():
+        loaded = re.findall(
+            r'<(?:script|img|link rel="stylesheet")[^>]*(?:src|href)="(https?:[^"]+)', path.read_text(encoding="utf-8")
+        )
+        assert not loaded, name
+
+
+def test_search_has_excerpts_of_every_page_and_not_of_the_source(site):
+    script = (site / "_static" / "excerpts.js").read_text(encoding="utf-8")
+    texts = json.loads(script.removeprefix("const pages = ").partition(";\n")[0])
+    assert "Once per model" in texts["docs/when_it_runs.html"]
+    assert pages(site).keys() <= texts.keys()
+    assert "excerpts.js" in (site / "search.html").read_text(encoding="utf-8")
+    assert "excerpts.js" not in (site / "docs" / "options.html").read_text(encoding="utf-8")
+    index = (site / "searchindex.js").read_text(encoding="utf-8")
+    assert "exploding" in index
+    assert "_bound_branches" not in index
+
+
+def test_llms_txt_leads_to_pages_that_are_there(site):
+    "In its form (llmstxt.org): a title, a summary, and lists of links; on the site and in the repository."
+    text = (site / "llms.txt").read_text(encoding="utf-8")
+    title, blank, summary, *_ = text.splitlines()
+    assert title.startswith("# ")
+    assert not blank
+    assert summary.startswith("> ")
+    targets = re.findall(r"^- \[[^]]+\]\(([^)]+)\): ", text, re.M)
+    assert len(targets) > 10
+    assert [t for t in targets if not (site / t).exists() or not (ROOT / t).exists()] == []
+
+
+def test_the_source_is_there_to_read(site):
+    text = (site / "fastai_lsuv" / "core" / "lsuv.html").read_text(encoding="utf-8")
+    assert "linenos" in text
+    assert 'href="../fastai_lsuv/core/lsuv.html"' in (site / "docs" / "reference.html").read_text(encoding="utf-8")

@@ -39,7 +39,8 @@ def test_the_wheel_is_the_package_and_nothing_else(dist):
 def test_the_sdist_has_what_its_tests_need(dist):
     with tarfile.open(dist / f"fastai_lsuv-{VERSION}.tar.gz") as tar:
         names = {n.split("/", 1)[1] for n in tar.getnames()}
-    alone = {"README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "pyproject.toml", ".gitignore"}
+    alone = {"README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "llms.txt", "pyproject.toml"}
+    alone |= {".gitignore"}
     assert files("fastai_lsuv", "tests", "nbs", "docs") | alone <= names
     assert {n.split("/")[0] for n in names} == {"fastai_lsuv", "tests", "nbs", "docs", "PKG-INFO"} | alone
 

@@ -20,34 +20,56 @@ from fastai_lsuv import LSUVReport, lsuv_
 from fastai_lsuv.report import Row
 
 COLUMNS = [
-    "name",
-    "type",
-    "n_calls",
-    "mean_before",
-    "std_before",
-    "mean_after",
-    "std_after",
-    "n_iter",
-    "status",
-    "reason",
+    *("name", "type", "n_calls", "mean_before", "std_before", "mean_after", "std_after", "n_iter", "status", "reason"),
+    *("signal_before", "signal_after", "spread_after", "grad_after"),
 ]
 GOLDEN = Path(__file__).parent / "golden"
 NAN = float("nan")
 
 
+def row(name, kind, n_calls, moments, signal=(NAN,) * 4, n_iter=0, status="unchanged", reason=""):
+    return Row(name, kind, n_calls, *moments, n_iter, status, reason, *signal)
+
+
 def made_up():
     "A report of all that can be in one; numbers do not depend on any arithmetic."
+    frozen = (0.3, 0.31, 0.8, 1.0)
     rows = [
-        Row("0.conv", "Conv2d", 1, 0.0123456, 0.2345678, 1.2e-9, 1.0000001, 1, "corrected", ""),
-        Row("0.deeper.layer.conv", "ConvTranspose2d", 1, -3.5e-6, 4.25e-8, -2e-8, 0.9999999, 1, "corrected", ""),
-        Row("block", "Sequential", 1, 123456.0, 98765.4, 0.5641, 1.0002, 4, "corrected", "one sign, mean kept"),
-        Row("shared", "Linear", 3, 0.1, 0.2, 0.0123, 0.9, 10, "not_converged", ""),
-        Row("there", "Linear", 1, 0.0, 1.0, 0.0, 1.0, 0, "unchanged", ""),
-        Row("head", "Linear", 1, 0.5, 0.25, 0.5, 0.25, 0, "skipped", "frozen"),
-        Row("body.0", "Linear", 1, 0.5, 0.25, 0.4, 0.2, 0, "skipped", "frozen"),
-        Row("aux", "Linear", 0, NAN, NAN, NAN, NAN, 0, "skipped", "never called"),
+        row(
+            "0.conv",
+            "Conv2d",
+            1,
+            (0.0123456, 0.2345678, 1.2e-9, 1.0000001),
+            (0.6789, 0.6543, 0.75, 12.345),
+            1,
+            "corrected",
+        ),
+        row(
+            "0.up.conv",
+            "ConvTranspose2d",
+            1,
+            (-3.5e-6, 4.25e-8, -2e-8, 0.9999999),
+            (1.23e-8, 0.5, 0.6, 0.0021),
+            1,
+            "corrected",
+        ),
+        row(
+            "block",
+            "Sequential",
+            1,
+            (123456.0, 98765.4, 0.5641, 1.0002),
+            (0.1, 0.2, 0.9, 123456.0),
+            4,
+            "corrected",
+            "one sign, mean kept",
+        ),
+        row("shared", "Linear", 3, (0.1, 0.2, 0.0123, 0.9), n_iter=10, status="not_converged"),
+        row("there", "Linear", 1, (0.0, 1.0, 0.0, 1.0), (1.0, 1.0, 1.0, 1.0)),
+        row("head", "Linear", 1, (0.5, 0.25, 0.5, 0.25), frozen, 0, "skipped", "frozen"),
+        row("body.0", "Linear", 1, (0.5, 0.25, 0.4, 0.2), frozen, 0, "skipped", "frozen"),
+        row("aux", "Linear", 0, (NAN,) * 4, status="skipped", reason="never called"),
     ]
-    return LSUVReport(rows, n_forward=13, seconds=1.25)
+    return LSUVReport(rows, n_forward=13, seconds=1.25, verdict="signal lost from shared on", remedy="some remedy")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +94,7 @@ def test_it_is_a_sequence_also_by_name(real):
 
 def test_a_row_has_the_design_s_fields_as_plain_values(real):
     for row in real:
-        for name, kind in zip(COLUMNS, (str, str, int, float, float, float, float, int, str, str), strict=True):
+        for name, kind in zip(COLUMNS, (str, str, int, *[float] * 4, int, str, str, *[float] * 4), strict=True):
             assert type(getattr(row, name)) is kind, name
         assert row.status in STATUSES
     assert type(real.seconds) is float
@@ -167,7 +189,25 @@ def golden(name, text):
 
 def many(n):
     "A signal that dies by decades, brought to 1."
-    rows = [Row(f"layers.{i}.conv", "Conv2d", 1, 0.1 * 0.3**i, 0.5**i, 0.0, 1.0, 1, "corrected", "") for i in range(n)]
+    rows = [
+        Row(
+            f"layers.{i}.conv",
+            "Conv2d",
+            1,
+            0.1 * 0.3**i,
+            0.5**i,
+            0.0,
+            1.0,
+            1,
+            "corrected",
+            "",
+            0.7**i,
+            0.9**i,
+            0.75,
+            2.0,
+        )
+        for i in range(n)
+    ]
     return LSUVReport(rows, n_forward=3, seconds=0.1)
 
 
@@ -240,3 +280,21 @@ def test_the_line_judges_what_was_asked_for(mean, std, told):
     "What was left alone has neither got better nor worse; a mere measurement tells both."
     line = lsuv_(mlp(10, 8, 3), rows(), mean=mean, std=std).summary()
     assert re.findall(r"worst (\w+)", line) == told, line
+
+
+class WithRNN(nn.Module):
+    "An LSTM between two linear layers."
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.rnn, self.head = nn.Linear(10, 8), nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.rnn(self.first(x)[:, None])[0])
+
+
+def test_the_summary_counts_what_was_done_and_names_what_was_not():
+    line = lsuv_(WithRNN(), rows()).summary()
+    assert line.startswith("LSUV: 2 corrected, 1 skipped (recurrent weights): rnn; worst mean "), line
+    line = lsuv_(mlp(10, 8, 3), rows()).summary()
+    assert line.startswith("LSUV: 2 corrected; worst mean "), line

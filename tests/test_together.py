@@ -73,7 +73,8 @@ def test_the_first_batch_of_training_is_at_mean_0_and_std_1(case, given, tmp_pat
     if given:
         xs = list(dls.train)
         batch = xs[-1]
-    learn.add_cbs([LSUVCallback(batch, verbose=False), rec := ActivationStatsRecorder(modules=nn.Module, exclude=None)])
+    rec = ActivationStatsRecorder(modules=nn.Module, exclude=None)
+    learn.add_cbs([LSUVCallback(batch=batch, verbose=False), rec])
     sizes = {}
 
     def note(name, m, args, out):

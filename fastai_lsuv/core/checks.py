@@ -2,29 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
 from fastai_lsuv.core.dry_run import Call
+from fastai_lsuv.core.errors import CannotRun, is_of_model
 from fastai_lsuv.core.statistics import Measured
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: object) -> None:
     """Raise unless it is a model with all its parameters."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
+        of_learner = isinstance(getattr(model, "model", None), nn.Module)
+        hint = "; of a Learner, learn.lsuv_init() initialises the model" if of_learner else ""
+        raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module{hint}")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise ValueError(f"{name!r} is lazy and not initialised yet: send a batch through the model first")
 
 
+def as_call(batch: Any) -> Call:
+    """Return a forward's arguments for a batch: a tensor, a tuple or list of inputs, or a mapping of keyword inputs."""
+    if isinstance(batch, nn.Module):
+        raise TypeError(f"batch is a {type(batch).__name__}: expected lsuv_(model, batch), in this order")
+    if hasattr(batch, "one_batch") or isinstance(batch, DataLoader):
+        raise TypeError(f"batch is a {type(batch).__name__}: expected tensors, such as the inputs of one batch of it")
+    call = _arguments(batch)
+    if any(isinstance(x, np.ndarray) for x in (*call[0], *call[1].values())):
+        raise TypeError("the batch is of NumPy's arrays: expected tensors, such as torch.as_tensor(array)")
+    return call
+
+
+def _arguments(batch: Any) -> Call:
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
+
+
+def hint_for(batch: Any, error: Exception) -> str:
+    """Return how the model is called with a batch, if it may be for this that it failed; else nothing."""
+    if not is_of_model(error) or isinstance(batch, Tensor):
+        return ""
+    if isinstance(batch, (tuple, list, Mapping)):
+        if not isinstance(error, TypeError) or "argument" not in str(error) or not batch:
+            return ""
+        if isinstance(batch, Mapping):
+            return "a mapping of inputs is unpacked, model(**inputs): give it under the names that the forward has"
+        return "a tuple or list of inputs is unpacked, model(*inputs): give it without the targets, lsuv_(model, xb)"
+    return f"the batch is a {type(batch).__name__}: expected a tensor, or a tuple, list or mapping of inputs"
+
+
 def check_inputs(call: Call) -> None:
-    """Raise if an input has infinite values and is no mask."""
+    """Raise if there is nothing in the inputs, or infinite values in one that is no mask."""
+    tensors = [x for x in tree_leaves(call) if isinstance(x, Tensor)]
+    if tensors and not any(x.numel() for x in tensors):
+        raise CannotRun(f"the batch is empty, with an input of shape {tuple(tensors[0].shape)}")
     for x in _floats(call):
         with suppress(NotImplementedError, RuntimeError):  # sparse and nested tensors, and others that can't be asked
             if not bool((x.isfinite() | x.isnan() | _is_mask(x)).all()):

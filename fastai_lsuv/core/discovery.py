@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from fastai_lsuv.core.affine import (
     is_known_affine,
     known_parameters,
 )
+from fastai_lsuv.core.branches import branch_ends
 from fastai_lsuv.core.dry_run import DryRun
 from fastai_lsuv.core.layers import Layer, mark_frozen, mark_starved, mark_tied
 from fastai_lsuv.core.modules import has_parameters, is_scripted, named_modules
@@ -23,7 +27,7 @@ from fastai_lsuv.core.probe import first_tensor
 from fastai_lsuv.core.products import Products
 from fastai_lsuv.core.reasons import Note, Skip
 from fastai_lsuv.core.selection import chosen, is_pattern, names_in
-from fastai_lsuv.core.statistics import Moments, fetched, moments
+from fastai_lsuv.core.statistics import Moments, fetched, with_signal
 from fastai_lsuv.core.use import home_of, is_any_used_by_root, is_uncertain, own_of_root, why_not
 from fastai_lsuv.core.watch import LISTED_TYPES, Watch
 
@@ -48,6 +52,21 @@ class Discovery:
         mark_starved(self.layers)
         if self.products is not None and not options.only_measures:
             keep_priors(self.layers, self.priors, self.products.heads)
+
+    def again(self, options: Options) -> Discovery:
+        """Return the same before anything was corrected, to try another way; what it finds belongs to it alone."""
+        new = copy.copy(self)
+        new.options, new.watch = options, copy.copy(self.watch)
+        new.watch.seen, new.watch.order = dict(self.watch.seen), [*self.watch.order]
+        new.layers = [
+            replace(x, notes=[*x.notes], left=[*x.left], target=replace(x.target, std=options.std)) for x in self.layers
+        ]
+        return new
+
+    @cached_property
+    def branch_ends(self) -> list[nn.Module]:
+        """Layers with which residual branches end: it takes a pass to find them."""
+        return branch_ends(self.dry_run, [layer.module for layer in self.layers if not layer.skipped])
 
     # passes
 
@@ -75,7 +94,8 @@ class Discovery:
         def see(module: nn.Module, call: Any, output: Any) -> None:
             if (y := first_tensor(output)) is not None:
                 layer = by_module[module]
-                now = moments(y, layer.channel_dim(y) if self.options.per_channel else None, layer.careful)
+                channels = layer.channel_dim(y) if self.options.per_channel else None
+                now = with_signal(y, channels, layer.careful, with_spread=when == "after")
                 measured[module] = measured[module].merge(now) if module in measured else now
 
         if by_module or also or when == "after":

@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from fastai_lsuv.core.affine import get_bias, set_bias
 from fastai_lsuv.core.copies import Memo, copied
 from fastai_lsuv.core.errors import CannotRun, name_module_at_work
-from fastai_lsuv.core.mode import as_in_training, prepend, set_mode, take_down
+from fastai_lsuv.core.mode import as_in_training, prepend, set_mode, take_down, take_down_backward_hooks
 from fastai_lsuv.core.modules import is_scripted, named_modules, open_modules, plain
 from fastai_lsuv.core.random_state import RandomState, kept_random_state
 from fastai_lsuv.core.statistics import on_host
@@ -25,6 +25,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword argument
 Before = Callable[[nn.Module, Call], None]
 After = Callable[[nn.Module, Call, Any], Any]  # (module, call, output); what isn't None replaces the output
 Run = Callable[[Call], Any]
+Kept = tuple[dict[Tensor, Tensor], dict[nn.Module, Any]]  # values of weights, and biases that blocks expose
+OnLayer = Callable[[], None]  # a module that a pass looks at has run
 
 
 class DryRun:
@@ -34,9 +36,12 @@ class DryRun:
     `hand_over` gives them to the model. They are tensors of our own, here called the *working* weights.
     """
 
-    def __init__(self, model: nn.Module, call: Call, as_it_stands: bool = False, with_grad: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, call: Call, as_it_stands: bool = False, with_grad: bool = False,
+        on_layer: OnLayer | None = None,
+    ) -> None:  # fmt: skip
         """`as_it_stands`: its modules are in the modes in which training calls them."""
-        self._with_grad = with_grad
+        self._with_grad, self._on_layer = with_grad, on_layer
         self.model, self.call = plain(model), call
         frozen = [m for m in self.model.modules() if not m.training] if as_it_stands and model.training else []
         self.names = {module: name for name, module in named_modules(self.model)}
@@ -53,14 +58,25 @@ class DryRun:
 
     # passes
 
-    def forward(self, after: Mapping[nn.Module, After], before: Mapping[nn.Module, Before] | None = None) -> None:
-        """Run a fresh copy of the model; `before` and `after` are called with the modules of the model itself."""
+    def forward(
+        self,
+        after: Mapping[nn.Module, After],
+        before: Mapping[nn.Module, Before] | None = None,
+        part: Callable[[Call], Call] | None = None,
+        with_grad: bool = False,
+    ) -> None:
+        """Run a fresh copy of the model; `before` and `after` are called with the modules of the model itself.
+
+        On the whole batch, or a part of it, which doesn't count as a pass.
+        """
         self._random.restore()
         copy, before = self._fresh_copy(), before or {}
-        with as_in_training(self._with_grad):
+        if with_grad:
+            take_down_backward_hooks(copy)  # they are to see training's gradients only
+        with as_in_training(self._with_grad or with_grad):
             for module in {**before, **after}:
-                _Watched(self._copies[module], module, before.get(module), after.get(module))
-            args, kwargs = copied(self.call)
+                _Watched(self._copies[module], module, before.get(module), after.get(module), self._on_layer)
+            args, kwargs = copied(part(self.call) if part else self.call)
             guard = register_module_forward_pre_hook(self._refuse_original)
             try:
                 copy(*args, **kwargs)
@@ -73,7 +89,7 @@ class DryRun:
                 for module in {**before, **after}:  # a cycle would keep it alive until the next garbage collection
                     del vars(self._copies[module])["forward"]
                 self._copies = {}
-        self.n_forward += 1
+        self.n_forward += part is None
 
     def _refuse_original(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Pre-hook of all modules there are: one of the model itself is not to run."""
@@ -168,6 +184,23 @@ class DryRun:
         self._kept.difference_update(weights)
         return any(differs for (differs,) in differ)
 
+    def kept_state(self) -> Kept:
+        """Return a copy of what is kept so far."""
+        return {w: w.detach().clone() for w in self._kept}, {**self.biases}
+
+    def begin_again(self) -> None:
+        """Give up what is kept."""
+        self.put_back([*self._kept])
+        self.biases = {}
+
+    def restore(self, kept: Kept) -> None:
+        """Keep again what was kept once."""
+        self.begin_again()
+        values, self.biases = kept
+        for w, value in values.items():
+            w.data.copy_(value)
+        self.keep(values)
+
     def hand_over(self) -> None:
         """Give the model what was kept: the weights in one call, which nothing interrupts halfway."""
         for name, p in self.model.named_parameters():
@@ -202,9 +235,11 @@ class _Given:
 class _Watched:
     """What a watched copy has for its forward: it reports each call, also one of `module.forward(…)` itself."""
 
-    def __init__(self, copy: nn.Module, module: nn.Module, before: Before | None, after: After | None) -> None:
+    def __init__(
+        self, copy: nn.Module, module: nn.Module, before: Before | None, after: After | None, on_layer: OnLayer | None
+    ) -> None:
         self.forward: Any = copy.forward
-        self.module, self.before, self.after, self.given = module, before, after, _Given()
+        self.module, self.before, self.after, self.on_layer, self.given = module, before, after, on_layer, _Given()
         update_wrapper(self, copy.forward)
         vars(copy)["forward"] = self
         if before is not None:
@@ -219,6 +254,8 @@ class _Watched:
             return output
         with torch.no_grad():
             instead = self.after(self.module, (args, kwargs), output)
+        if self.on_layer is not None:
+            self.on_layer()
         return output if instead is None else instead
 
     def __deepcopy__(self, memo: Memo) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -42,6 +43,7 @@ class Layer:
     n_iter: int = 0  # corrections made
     ratio: float = 0.0  # |mean| / std of the output when it was corrected
     after: Measured | None = None
+    grad: float = math.nan  # elasticity of the output, in the end
     left: list[str] = field(default_factory=list)  # names of weights in it that meet the input and are not corrected
 
     def skip(self, why: Skip) -> None:
@@ -64,6 +66,11 @@ class Layer:
         if self.target.mean is not None or why is Note.NO_BIAS:
             self.note(why)
         self.target = self.target.without_mean()
+
+    @property
+    def shown_name(self) -> str:
+        """Its name, or the type of a model that is a layer itself."""
+        return self.name or type(self.module).__name__
 
     @property
     def reason(self) -> str:

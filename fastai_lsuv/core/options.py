@@ -3,14 +3,41 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal, ParamSpec, TypeVar
 
+from fastai_lsuv.core.errors import shown
 from fastai_lsuv.core.selection import Choice
 from fastai_lsuv.core.target import Target
+
+AUTO: Literal["auto"] = "auto"  # an `init`: chosen from what is measured
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def with_options(function: Callable[P, T]) -> Callable[P, T]:
+    """Have a function whose options are keyword-only say what is wrong with those that it can't take."""
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        name = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
+        parameters = inspect.signature(checked).parameters  # with those that `delegates` has added
+        known = [key for key in parameters if key != "self"]
+        options = [key for key in known if parameters[key].kind is inspect.Parameter.KEYWORD_ONLY]
+        for key in kwargs.keys() - parameters.keys():
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise TypeError(f"{name}() got an unexpected option {key!r}; the nearest is {near!r}")
+        if len(args) > len(parameters) - len(options):
+            raise TypeError(f"{name}() takes its options by name: {'=…, '.join(options[:3])}=…")
+        return function(*args, **kwargs)
+
+    return checked
 
 
 @dataclass(frozen=True)
@@ -22,20 +49,10 @@ class Options:
     per_channel: bool = False
     modules: Choice = None
     exclude: Choice = None
-    init: Callable[..., Any] | None = None
+    init: Callable[..., Any] | Literal["auto"] | None = None
     tol: float = 1e-3
     max_iter: int = 10
     residual: bool = False
-
-    @classmethod
-    def of(cls, name: str, kwargs: Mapping[str, Any]) -> Options:
-        """Options from keyword arguments of the function `name`, which an error quotes."""
-        known = [field.name for field in fields(cls)]
-        for key in kwargs:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-                raise TypeError(f"{name}() got an unexpected option {key!r}; the nearest is {near!r}")
-        return cls(**kwargs)
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -56,12 +73,14 @@ class Options:
             kind: Any = Integral if name == "max_iter" else Real  # NumPy's numbers are such numbers, too
             optional = name in ("mean", "std") and value is None
             if not optional and (not isinstance(value, kind) or isinstance(value, bool)):
-                raise TypeError(f"{name}={value!r}: expected a {'whole number' if kind is Integral else 'number'}")
+                raise TypeError(f"{name}={shown(value)}: expected a {'whole number' if kind is Integral else 'number'}")
         for name in ("per_channel", "residual"):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}={getattr(self, name)!r}: expected True or False")
-        if self.init is not None and not callable(self.init):
-            raise TypeError(f"init={self.init!r}: expected an in-place initialiser such as nn.init.orthogonal_")
+                raise TypeError(f"{name}={shown(getattr(self, name))}: expected True or False")
+        init: Any = self.init
+        if not (init is None or init == AUTO or callable(init)):
+            expected = "an in-place initialiser such as nn.init.orthogonal_, or 'auto'"
+            raise TypeError(f"init={shown(init)}: expected {expected}")
 
     @property
     def target(self) -> Target:

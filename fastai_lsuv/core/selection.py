@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from torch import nn
 
+from fastai_lsuv.core.errors import shown
 from fastai_lsuv.core.modules import named_modules, plain
 
 Choice: TypeAlias = (
@@ -37,11 +38,11 @@ def chosen(model: nn.Module, choice: Choice, option: str = "modules") -> list[nn
         found = _contained(model, _called(choice, model, option), option)
     else:
         raise TypeError(
-            f"{option}={choice!r}: expected a type or tuple of types, a name or list of names (with wildcards), "
+            f"{option}={shown(choice)}: expected a type or tuple of types, a name or list of names (with wildcards), "
             f"a list of modules, or a function from the model to modules"
         )
     if not found:
-        raise ValueError(f"{option}={_show(choice)} selects nothing in {type(model).__name__}")
+        raise ValueError(f"{option}={shown(choice)} selects nothing in {type(model).__name__}")
     return list(dict.fromkeys(found))
 
 
@@ -70,16 +71,12 @@ def with_descendants(modules: Iterable[nn.Module]) -> set[nn.Module]:
 def _called(choice: Callable[[nn.Module], Iterable[nn.Module]], model: nn.Module, option: str) -> list[nn.Module]:
     result = choice(model)
     if not isinstance(result, Iterable):
-        raise TypeError(f"{option}={_show(choice)} returned {result!r}: expected modules")
+        raise TypeError(f"{option}={shown(choice)} returned {shown(result)}: expected modules")
     return list(result)
 
 
 def _all_are(items: Iterable[object], kind: type) -> bool:
     return all(isinstance(item, kind) for item in items)
-
-
-def _show(choice: Choice) -> str:
-    return getattr(choice, "__qualname__", None) or repr(choice)
 
 
 def _matching(model: nn.Module, pattern: str, option: str) -> list[nn.Module]:
@@ -99,7 +96,7 @@ def _contained(model: nn.Module, modules: Sequence[object], option: str) -> list
     inside = {m for _, m in named_modules(model)}
     for module in modules:
         if not isinstance(module, nn.Module):
-            raise TypeError(f"{option}: expected modules, got {module!r}")
+            raise TypeError(f"{option}: expected modules, got {shown(module)}")
         if plain(module) not in inside:
-            raise ValueError(f"{option}: {module!r} is not a part of this {type(model).__name__}")
+            raise ValueError(f"{option}: {shown(module)} is not a part of this {type(model).__name__}")
     return [plain(module) for module in modules]  # type: ignore[arg-type]

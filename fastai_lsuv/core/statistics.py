@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastai_lsuv.core.signal import Signal, share, signal
 
 # `std_mean` costs twenty times as much on the CPU as a sum and a norm over short rows, which the
 # vector units do at memory speed. Rows also bound the rounding error: the squares of each are added in the tensor's
@@ -18,9 +20,6 @@ _ROW = 1024
 
 # Up to this many values float64 throughout is the fastest: the number of calls decides, not the memory.
 _SMALL = 2**15
-
-# Part of a layer's std that the input makes: below it all inputs look the same to what follows, and nothing trains.
-SIGNAL_LOST = 0.1
 
 # One-pass moments lose about eps * (1 + mean²/var) of the variance; beyond this ratio the centred second pass is due.
 _MAX_RATIO = 100.0
@@ -39,15 +38,17 @@ class Moments:
     n: int  # number of values (in each channel)
     mean: Tensor
     std: Tensor
+    signal: Signal | None = None  # if that was looked at
 
     def merge(self, other: Moments) -> Moments:
         """Return the moments of both sets together (Chan, Golub & LeVeque 1979, "Updating formulae …")."""
         n = self.n + other.n
         if not self.n or not other.n:
             return self if self.n else other
+        both = self.signal.merge(other.signal) if self.signal and other.signal else None
         delta = other.mean - self.mean
         m2 = self._m2() + other._m2() + delta**2 * (self.n * other.n / n)
-        return Moments(n, self.mean + delta * (other.n / n), (m2 / (n - 1)).sqrt())
+        return Moments(n, self.mean + delta * (other.n / n), (m2 / (n - 1)).sqrt(), both)
 
     def on_host(self) -> Measured:
         """Return the same as numbers, which waits for the device."""
@@ -65,6 +66,8 @@ class Measured:
     n: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    signal: float = math.nan  # share of the std that is due to the input
+    spread: float = math.nan  # of the outputs of different inputs over directions: 0 if all lie on one line
 
     @property
     def is_finite(self) -> bool:
@@ -92,6 +95,12 @@ def moments(x: Tensor, channel_dim: int | None = None, careful: bool = False) ->
     return _twice(in_memory_order(x)) if careful else _once(x)
 
 
+def with_signal(x: Tensor, channel_dim: int | None, careful: bool, with_spread: bool) -> Moments:
+    """Return the moments of `x`, and how much of it is due to the input."""
+    x = x if type(x) is Tensor else x.as_subclass(Tensor)
+    return replace(moments(x, channel_dim, careful), signal=signal(x, with_spread))
+
+
 def at_hand(x: Tensor) -> bool:
     """Whether a value of it can be read at no cost. To read one from an accelerator is to wait for all it has to do."""
     return x.device.type == "cpu"
@@ -115,8 +124,20 @@ def on_host(tensors: Sequence[Tensor]) -> list[tuple[float, ...]]:
 
 def fetched(seen: Sequence[Moments]) -> list[Measured]:
     """Return moments as numbers, in one go."""
-    home = on_host([x for m in seen for x in (m.mean, m.std)])
-    return [Measured(m.n, *pair) for m, pair in zip(seen, zip(home[::2], home[1::2], strict=True), strict=True)]
+    home = iter(on_host([x for m in seen for x in _tensors(m)]))
+    return [Measured(m.n, next(home), next(home), *_shares(m.signal, home)) for m in seen]
+
+
+def _tensors(m: Moments) -> tuple[Tensor, ...]:
+    of_signal = (m.signal.over_batch, m.signal.of_all, m.signal.spread) if m.signal else ()
+    return (m.mean, m.std, *of_signal)
+
+
+def _shares(seen: Signal | None, home: Iterator[tuple[float, ...]]) -> tuple[float, float]:
+    if seen is None:
+        return math.nan, math.nan
+    (over_batch,), (of_all,), (spread,) = islice(home, 3)
+    return share(over_batch, of_all), spread / seen.n_calls
 
 
 def at_least_single(dtype: torch.dtype) -> torch.dtype:

@@ -29,7 +29,7 @@ from fastai_lsuv.core.probe import find_affine_parameters, first_tensor, small_n
 from fastai_lsuv.core.products import Products, Weights
 from fastai_lsuv.core.selection import chosen, excluded
 from fastai_lsuv.core.signature import signature
-from fastai_lsuv.core.statistics import Measured, Moments, fetched, moments
+from fastai_lsuv.core.statistics import Measured, Moments, fetched, with_signal
 
 _PLAIN = (int, float, complex, str, bytes, type(None))  # values in an output that have nothing to do with its scale
 LISTED_TYPES = (*AFFINE_TYPES, *RECURRENT_TYPES)  # in the report in any case, with a reason if they are left alone
@@ -140,7 +140,8 @@ class Watch:
         seen = self.seen[module]
         affine = seen.affine or seen.gain
         by_channel = self.options.per_channel and affine is not None and affine.channel_dim is not None
-        now = moments(y, affine.channel_dim(y) if by_channel else None)  # type: ignore[union-attr,misc]
+        channels = affine.channel_dim(y) if by_channel else None  # type: ignore[union-attr,misc]
+        now = with_signal(y, channels, careful=False, with_spread=self.options.only_measures)
         seen.eps = torch.finfo(y.dtype).eps
         seen.read_once |= not statistics.at_hand(y)
         seen.moments = now if seen.moments is None else seen.moments.merge(now)

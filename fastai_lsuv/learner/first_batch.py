@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from numbers import Number
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,9 +40,10 @@ def as_fed(
         TypeError: `batch` is only an input, or DataLoaders.
         UnknownInputs: the block fails with inputs that may not be those of training.
     """
+    check_batch(batch)
     with _kept_random_states(), ExitStack() as stack:
         try:
-            fed = first_call(learn, _checked(batch) if batch is not None else _own_batch(learn), begun)
+            fed = first_call(learn, _own_batch(learn) if batch is None else batch, begun)
         except UnknownInputs as error:
             if batch is None or isinstance(batch, (tuple, list)):
                 raise
@@ -56,10 +58,10 @@ def as_fed(
             raise UnknownInputs(f"{fed.doubt}: {str(error).partition(chr(10))[0]}") from error
 
 
-def _checked(batch: Any) -> Any:
-    if isinstance(batch, (*LOADERS, Tensor, np.ndarray)):
+def check_batch(batch: Any) -> None:
+    """Raise if that can't be a batch of any DataLoader's, inputs and targets."""
+    if isinstance(batch, (*LOADERS, Tensor, np.ndarray, Number, str)):
         raise TypeError(f"batch is a {type(batch).__name__}: {_EXPECTED}")
-    return batch
 
 
 def _own_batch(learn: Learner) -> Any:

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fastai_lsuv.learner.loads import was_loaded
-from fastai_lsuv.report import LSUVReport, Row, few
+from fastai_lsuv.report import LSUVReport, Row
+from fastai_lsuv.summary import few
 
 if TYPE_CHECKING:
     from fastai.callback.core import Callback

@@ -117,7 +117,7 @@ class _Trial:
             pass
         except Exception as error:
             if self.culprit is None:
-                self.problem = f"{type(self.learn).__name__} failed on trial: {error!r}"
+                self.problem = f"{type(self.learn).__name__} failed on trial: {_in_short(error)}"
         finally:
             for handle in handles:
                 handle.remove()
@@ -167,7 +167,7 @@ class _Trial:
         try:
             yield
         except BaseException as error:
-            self.culprit, self.problem = cb, f"{type(cb).__name__}.{event} failed on trial: {error!r}"
+            self.culprit, self.problem = cb, f"{type(cb).__name__}.{event} failed on trial: {_in_short(error)}"
             raise
         finally:
             self.events -= 1
@@ -177,6 +177,11 @@ class _Trial:
         if self.events == 0:
             self.fed = Fed((args, kwargs), [switches(self.learn.model, self.memo), *autocasts(self.learn)])
             raise _Ended
+
+
+def _in_short(error: BaseException) -> str:
+    """Return an error in one line, without what fastai puts in front of a callback's."""
+    return f"{type(error).__name__}: {str(error).rpartition('`:' + chr(10) + chr(9))[2].partition(chr(10))[0]}"
 
 
 @contextlib.contextmanager

@@ -19,37 +19,50 @@ SERIES = (("#D55E00", "o"), ("#0072B2", "s"))
 BANDS = (("skipped", "#E2E2E2", ""), ("not_converged", "#F5D6E6", "////"))
 HATCHING = "#C58AAA"
 
+LABELS = "std of the output", "mean of the output", "signal\n(share due to input)", "gradient\n(elasticity)"
 MAX_LABELS = 40  # layer names below one axis
 
 
 def plot_report(
-    frame: pd.DataFrame,  # one row a layer in execution order, as `LSUVReport.to_frame()` gives it
+    frame: pd.DataFrame,  # one row per layer in execution order, as `LSUVReport.to_frame()` gives it
     mean: float | None = 0.0,  # the mean that was wanted; `None`: it was left alone
     std: float | None = 1.0,  # the standard deviation that was wanted; `None`: it was left alone
+    verdict: str = "",  # whether the network can be trained, for the title
+    lost: float = 0.1,  # signal below which it can't
 ) -> Figure:
-    """Draw the std and the mean of each layer's output, before beside after.
+    """Draw std, mean and signal of each layer's output, before beside after, and how a gradient travels back.
 
-    Reads the columns `name`, `status`, `std_before`, `std_after`, `mean_before` and `mean_after`. A NaN (a layer that
-    was never called) leaves a gap; what an axis cannot show (infinity, zero on a log axis) is a triangle at the edge
-    it lies beyond. Layers that were skipped or did not converge stand on a band. With `mean` and `std` both `None`,
-    a mere measurement, "after" has nothing to say and is left out.
+    Reads the columns `name`, `status`, `std_before`, `std_after`, `mean_before`, `mean_after`, `signal_before`,
+    `signal_after` and `grad_after`. A NaN (a layer that was never called) leaves a gap; what an axis cannot show
+    (infinity, zero on a log axis) is a triangle at the edge it lies beyond. Layers that were skipped or did not
+    converge stand on a band. With `mean` and `std` both `None`, a mere measurement, "after" has nothing to say and is
+    left out.
     """
     times = ["before"] if mean is None and std is None else ["before", "after"]
-    stds, means = (frame[[f"{quantity}_{time}" for time in times]].astype(float) for quantity in ("std", "mean"))
-    stds.columns = means.columns = pd.Index(times if len(times) > 1 else ["measured"])
-
-    fig = new_figure(width=min(max(8.0, 3 + 0.22 * len(frame)), 15.0), height=6.5)
-    std_ax, mean_ax = fig.subplots(2, sharex=True)
-    scale_std(std_ax, stds, std)
-    scale_mean(mean_ax, means, center=mean or 0.0, unit=std or 1.0)
-    for ax, values, wanted, label in ((std_ax, stds, std, "std"), (mean_ax, means, mean, "mean")):
+    fig = new_figure(width=min(max(8.0, 3 + 0.22 * len(frame)), 15.0), height=10.0)
+    axes = fig.subplots(4, sharex=True, height_ratios=[3, 2, 2, 2])
+    std_ax, mean_ax, signal_ax, grad_ax = axes
+    for ax, quantity in zip(axes, ("std", "mean", "signal"), strict=False):
+        values = frame[[f"{quantity}_{time}" for time in times]].astype(float)
+        values.columns = pd.Index(times if len(times) > 1 else ["measured"])
+        if quantity == "std":
+            scale_std(ax, values, std)
+        elif quantity == "mean":
+            scale_mean(ax, values, center=mean or 0.0, unit=std or 1.0)
         _curves(ax, values)
-        _mark(ax, wanted, "wanted")
+    _mark(std_ax, std, "wanted")
+    _mark(mean_ax, mean, "wanted")
+    signal_ax.set_ylim(-0.03, 1.03)
+    _mark(signal_ax, lost, "lost below", linestyle=":")
+    grads = frame[["grad_after"]].astype(float)
+    scale_std(grad_ax, grads)
+    _curves(grad_ax, grads, first=len(times) - 1)
+    for ax, label in zip(axes, LABELS, strict=True):
         _bands(ax, frame["status"])
-        ax.set_ylabel(f"{label} of the output")
-    _name_layers(mean_ax, frame["name"])
+        ax.set_ylabel(label)
+    _name_layers(grad_ax, frame["name"])
     _legend(std_ax)
-    finish(fig, _report_title(frame, mean, std))
+    finish(fig, _report_title(frame, mean, std) + f"\n{verdict}" * bool(verdict))
     return fig
 
 
@@ -83,12 +96,12 @@ def plot_demo(
     return fig
 
 
-def _curves(ax: Axes, values: pd.DataFrame, x: Floats | None = None) -> None:
-    """One line a column, over 0, 1, 2... or `x`; a triangle at the edge for what lies beyond it."""
+def _curves(ax: Axes, values: pd.DataFrame, x: Floats | None = None, first: int = 0) -> None:
+    """One line per column, over 0, 1, 2... or `x`; a triangle at the edge for what lies beyond it."""
     positions = np.arange(float(len(values))) if x is None else x
     size = 6.0 if len(values) <= MAX_LABELS else 3.0
     edge = ax.get_xaxis_transform()  # x in layers, y from 0 (bottom) to 1 (top)
-    for (label, column), (color, marker) in zip(values.items(), SERIES, strict=False):
+    for (label, column), (color, marker) in zip(values.items(), SERIES[first:], strict=False):
         y = column.to_numpy(float)
         ax.plot(positions, y, label=str(label), color=color, marker=marker, markersize=size, linewidth=1.5)
         above = y == np.inf

@@ -1,12 +1,12 @@
 """What all figures have in common: paper, ink, scales, names, and the marks of time.
 
 Figures are pyplot's, as fastai's are: a notebook shows each at the end of its cell, and `plt.show()` in a script.
-What users get are the axes, which a notebook doesn't show a second time. `rcParams` are left alone, and colours are
-explicit, so that a figure looks the same in a dark notebook.
+`rcParams` are left alone, and colours are explicit, so that a figure looks the same in a dark notebook.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from io import BytesIO
 from typing import Any
@@ -29,7 +29,6 @@ __all__ = [
     "finish",
     "mark_epochs",
     "new_figure",
-    "panels",
     "scale_mean",
     "scale_std",
     "shortened",
@@ -48,9 +47,16 @@ Bools = npt.NDArray[np.bool_]
 
 
 class _Figure(Figure):
-    """A `Figure` that looks the same in any style."""
+    """A figure of pyplot's that a notebook shows once, and that looks the same in any style."""
 
-    def _repr_png_(self) -> bytes:
+    def _ipython_display_(self) -> None:
+        """As a cell's value, show it: unless pyplot does so anyway when the cell ends."""
+        if not plt.fignum_exists(self.number):
+            ipython = sys.modules["IPython"].display
+            ipython.display(ipython.Image(self.as_png()))
+
+    def as_png(self) -> bytes:
+        """The figure as an image."""
         png = BytesIO()
         self.savefig(png, format="png", bbox_inches="tight")
         return png.getvalue()
@@ -69,12 +75,6 @@ class _Figure(Figure):
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of pyplot's, in inches."""
     return plt.figure(figsize=(width, height), layout="constrained", facecolor="white", FigureClass=_Figure)
-
-
-def panels(fig: Figure) -> npt.NDArray[np.object_]:
-    """Its axes but for colour bars, as `plt.subplots` gives them: for those to whom the figure is shown anyway."""
-    axes = [ax for ax in fig.axes if ax.get_label() != "<colorbar>"]
-    return np.array([*axes, None], dtype=object)[:-1]  # never taken for a table
 
 
 def finish(fig: Figure, title: str) -> None:

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 from fastai_lsuv.recording.verdicts import REMEDIES
 
 _NAME = "ActivationStatsRecorder"
-
-
-def check_names(unknown: Iterable[str], known: Collection[str]) -> None:
-    """Refuse options that there are not, and name the nearest that there is."""
-    for key in unknown:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-        raise TypeError(f"{_NAME}() got an unexpected option {key!r}; the nearest is {near!r}")
 
 
 def check(modules: Any, every: Any, near_zero: Any, max_records: Any, stop_on: Any) -> None:

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastai_lsuv.recording.sampling import FEW, FEWER, Spots, distance
+from fastai_lsuv.core.signal import distance
+from fastai_lsuv.recording.sampling import FEW, FEWER, Spots
 
 CHUNK = 64  # values in a row of the buffer; each row of a sample has whole rows of its own
 _MANY = 100  # of fewer values some are always near their limit
@@ -196,7 +197,7 @@ def _before(counts: Indices) -> Indices:
 
 def _table(counts: Indices, fill: int) -> Indices:
     """The numbers of things of which each has so many, one after the other, in lines as long as the longest."""
-    within = np.arange(max(1, counts.max()))
+    within = np.arange(counts.max(initial=1))
     return np.where(within < counts[:, None], _before(counts)[:, None] + within, fill)
 
 

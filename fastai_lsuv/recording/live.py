@@ -46,4 +46,4 @@ def in_notebook() -> bool:
 def _png(figure: Figure) -> bytes:
     """The figure as an image; closed, so that the notebook doesn't show it a second time."""
     plt.close(figure)
-    return figure._repr_png_()  # type: ignore[attr-defined]
+    return figure.as_png()  # type: ignore[attr-defined]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import torch
 from fastcore.foundation import L
@@ -15,7 +13,6 @@ from torch import Tensor
 
 from fastai_lsuv.plots.curves import plot_layer, plot_runs, plot_stats
 from fastai_lsuv.plots.maps import plot_dead, plot_hist, plot_hists
-from fastai_lsuv.plots.style import panels
 from fastai_lsuv.recording.description import HIST_RANGE
 from fastai_lsuv.recording.history import Floats, History
 from fastai_lsuv.recording.verdicts import WORKS
@@ -108,7 +105,7 @@ class Reading:
     def plot_layer_stats(
         self,
         layer: int | str,  # index in `layer_names`, or name
-    ) -> npt.NDArray[np.object_]:  # the axes
+    ) -> Figure:  # of matplotlib
         """Draw all that was recorded of one layer over the training; as fastai's `ActivationStats` does, and more.
 
         Raises:
@@ -117,13 +114,13 @@ class Reading:
         """
         name, frame = self.layer_names[self._history.place(layer)], self.to_frame()
         never_ran = self._records().assign(phase="train", layer=name).reindex(columns=frame.columns)
-        return panels(plot_layer(frame if (frame["layer"] == name).any() else never_ran, name, WORKS))
+        return plot_layer(frame if (frame["layer"] == name).any() else never_ran, name, WORKS)
 
     def color_dim(
         self,
         layer: int | str | None = None,  # index in `layer_names`, or name; `None`: all layers, in one figure
         ax: Axes | None = None,  # draw one layer here
-    ) -> npt.NDArray[np.object_] | Axes:  # the axes
+    ) -> Figure | Axes:  # the axes, if given
         """Draw the fast.ai course's "colourful dimension", histograms over the training; as `ActivationStats` does.
 
         Raises:
@@ -132,10 +129,9 @@ class Reading:
             IndexError: there are fewer layers.
         """
         if layer is None:
-            return panels(plot_hists({name: self.hist(name) for name in self.layer_names}, self._records(), HIST_RANGE))
+            return plot_hists({name: self.hist(name) for name in self.layer_names}, self._records(), HIST_RANGE)
         name = self.layer_names[self._history.place(layer)]
-        drawn = plot_hist(self.hist(layer), self._records(), name, HIST_RANGE, ax)
-        return panels(drawn)[0] if isinstance(drawn, Figure) else drawn
+        return plot_hist(self.hist(layer), self._records(), name, HIST_RANGE, ax)
 
     # figures of all layers
 
@@ -143,11 +139,8 @@ class Reading:
         self,
         *others: Reading,  # recorders of other runs of the network, to be drawn beside this one on the same scales
         names: Sequence[str] = (),  # of all runs; by default they are numbered
-    ) -> npt.NDArray[np.object_]:  # the axes
+    ) -> Figure:  # of matplotlib
         """Draw the statistics of all layers over the training, with the band of updates that are known to work."""
-        return panels(self._stats_figure(*others, names=names))
-
-    def _stats_figure(self, *others: Reading, names: Sequence[str] = ()) -> Figure:
         runs = (self, *others)
         activations = {name for run in runs for name, layer in run._history.layers.items() if not layer.has_parameters}
         if not others:
@@ -155,9 +148,9 @@ class Reading:
         titles = names or [f"run {i + 1}" for i in range(len(runs))]
         return plot_runs({title: run.to_frame() for title, run in zip(titles, runs, strict=True)}, activations, WORKS)
 
-    def dead_chart(self) -> Axes:
+    def dead_chart(self) -> Figure:  # of matplotlib
         """Draw how much of each layer is dead over the training, after the fast.ai course's chart."""
-        return panels(plot_dead(self.to_frame()))[0]
+        return plot_dead(self.to_frame())
 
     def _values(self, column: str) -> Floats:
         self._flush()

@@ -8,6 +8,8 @@ from functools import cache
 
 from torch import Tensor
 
+from fastai_lsuv.core.signal import distance
+
 # A sample of a large output: mean and std are then within 2 % of the std, for a cost that doesn't grow with the output.
 SAMPLE = 2**15  # values, or somewhat more or less
 FEW = 2**12  # of these, or so, for the share near zero and a histogram
@@ -58,22 +60,6 @@ def _rows(n: int, is_large: bool) -> int:
     best = ROWS if is_large and n > 2 * ROWS else n
     divisors = (d for d in range(1, min(n, MOST_ROWS) + 1) if n % d == 0)
     return min(divisors, key=lambda d: abs(math.log(d / best)), default=1)
-
-
-def distance(n: int, wanted: float) -> int:
-    """Return a distance between sampled values of `n` that has no divisor in common with `n`, nor with any dimension.
-
-    A power of two would see the border columns of a map, or some of the channels, and no others. It is the next that is
-    not below `wanted`; or the next below, if that would leave less than two thirds of the values and this not too many.
-    """
-    above = below = max(math.ceil(wanted), 1)
-    while math.gcd(above, n) > 1:
-        above += 1
-    if above <= 1.5 * max(wanted, 1):
-        return above
-    while math.gcd(below, n) > 1:
-        below -= 1
-    return below if wanted <= 4 * below else above
 
 
 def plain_values(x: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from fastai_lsuv.core.signal import distance
 from fastai_lsuv.core.statistics import at_least_single, in_memory_order
-from fastai_lsuv.recording.sampling import distance
 
 SAMPLE = 2**15  # values of one parameter, or somewhat more or less, evenly spread; all of a smaller one
 
@@ -74,9 +74,9 @@ def _trains(p: Tensor) -> bool:
 
 
 def _sample(p: Tensor) -> Tensor:
-    """A view of values of a parameter that are evenly spread."""
+    """Values of a parameter that are evenly spread: a view of it, or the parameter itself."""
     n = p.numel()
-    return p.detach() if n <= SAMPLE else in_memory_order(p.detach())[:: distance(n, n / SAMPLE)]
+    return p if n <= SAMPLE else in_memory_order(p)[:: distance(n, n / SAMPLE)]
 
 
 def _kind(w: Tensor) -> tuple[object, ...]:

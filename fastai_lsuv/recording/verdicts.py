@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
 
-from fastai_lsuv.core.statistics import SIGNAL_LOST
+from fastai_lsuv.core.signal import SIGNAL_LOST
 
 # Rules of the verdicts, rough on purpose: a healthy layer of any architecture is to pass, a broken one is not.
 EXPLODING = 1e3  # std that no healthy layer reaches

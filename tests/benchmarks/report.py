@@ -1,4 +1,4 @@
-"""Measures what things cost and writes it into the README: `python tests/benchmarks/report.py`.
+"""Measures what things cost and writes it into `docs/costs.md`: `python tests/benchmarks/report.py`.
 
 Some ten minutes on an idle machine; also writes `nbs/lsuv_cost.png`. With `--device cuda` it measures on a GPU instead,
 in about seven minutes, and writes tables of its own. With `--dry` it prints, and writes nothing.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-README, FIGURE = ROOT / "README.md", ROOT / "nbs" / "lsuv_cost.png"
+PAGE, FIGURE = ROOT / "docs" / "costs.md", ROOT / "nbs" / "lsuv_cost.png"
 COMMAND = "python tests/benchmarks/report.py"
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its profiler has much to say where there is no GPU
 sys.path[:0] = [str(ROOT), str(HERE), str(HERE.parent)]
@@ -120,26 +120,26 @@ def of_one_and_all(few=8, many=80, **options):
     return of_one, of_few - few * of_one
 
 
-REPORTS = {  # by the README's markers
+REPORTS = {  # by the page's markers
     "cpu": dict(counts=report_counts, costs=report_costs, depth=report_depth, recording=report_recording),
     "cuda": dict(costs=report_costs, recording=report_recording),
 }
 
 
-def into_readme(block, text):
+def into_page(block, text):
     "Put it between its markers."
-    old = README.read_text(encoding="utf-8")
+    old = PAGE.read_text(encoding="utf-8")
     markers = rf"(<!-- {block}: .*? -->\n).*?(<!-- end of {block} -->)"
     new, n = re.subn(markers, lambda m: f"{m[1]}{text}\n{m[2]}", old, flags=re.S)
     if n != 1:
-        raise ValueError(f'{README}: expected one pair of markers "{block}", found {n}')
-    README.write_text(new, encoding="utf-8")
+        raise ValueError(f'{PAGE}: expected one pair of markers "{block}", found {n}')
+    PAGE.write_text(new, encoding="utf-8")
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=REPORTS, default="cpu", help="what to measure on")
-    parser.add_argument("--dry", action="store_true", help="print, and leave the README as it is")
+    parser.add_argument("--dry", action="store_true", help="print, and leave the page as it is")
     parser.add_argument("--seconds", type=float, default=15, help="for the rounds of each model (three at least)")
     parser.add_argument("--only", choices=REPORTS["cpu"], help="one of the reports")
     args = parser.parse_args()
@@ -158,7 +158,7 @@ def main():
         if args.only in (None, name):
             print(text := report(args.device, args.seconds))
             if not args.dry:
-                into_readme(name if args.device == "cpu" else f"{name} {tables.KIND[args.device]}", text)
+                into_page(name if args.device == "cpu" else f"{name} {tables.KIND[args.device]}", text)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What was measured, as the README shows it: the device over every number."""
+"""What was measured, as `docs/costs.md` shows it: the device over every number."""
 
 from __future__ import annotations
 
-from matplotlib.figure import Figure
+from fastai_lsuv.plots.style import GREY, finish, new_figure
 
+LSUV, COURSE = "#0072B2", "#D55E00"  # as in all figures: LSUV, and what it is compared with
 KIND = {"cpu": "on a CPU", "cuda": "on a GPU"}
 
 
@@ -25,9 +26,9 @@ def costs(device, rows):
     "In forward passes."
     head = (
         f"model, {KIND[device]}",
+        "`lsuv_`, all of it",
         "one forward pass",
         "correcting pass",
-        "`lsuv_`, all of it",
         "memory beyond a forward pass (the weights take)",
     )
     more = ("largest output",) if device == "cuda" else ("package `lsuv`", "the course's loop")
@@ -38,9 +39,9 @@ def ours(r):
     missed = "" if r["whole"] <= r["goal"] else f" (goal: {r['goal']}×)"
     return (
         f"{r['name']}, {' × '.join(map(str, r['shape']))}",
+        f"**{r['whole']:.2f}×**{missed}",
         f"{r['forward'] * 1000:.0f} ms",
         f"{r['correcting']:.2f}×",
-        f"**{r['whole']:.2f}×**{missed}",
         f"{r['memory'] / 1e6:.0f} MB ({r['weights'] / 1e6:.0f} MB)",
     )
 
@@ -69,25 +70,21 @@ def by_depth(machine, depths, times):
 
 def figure(depths, times):
     "Seconds over depth, both axes logarithmic: a line of slope 1 beside one of slope 2."
-    fig = Figure(figsize=(6, 4), layout="constrained")
+    fig = new_figure(6, 4)
     ax = fig.subplots()
-    for key, label, marker in (
-        ("course", "the course's loop", "s"),
-        ("ours", "lsuv_", "o"),
-        ("forward", "one forward pass", "."),
+    for key, label, marker, colour in (
+        ("course", "the course's loop", "s", COURSE),
+        ("ours", "lsuv_", "o", LSUV),
+        ("forward", "one forward pass", ".", GREY),
     ):
-        ax.plot(depths, [t[key] for t in times], marker=marker, label=label)
-    ax.set(
-        xscale="log",
-        yscale="log",
-        xlabel="layers",
-        ylabel="seconds on a CPU",
-        title="Linear beside quadratic: the cost of depth",
-    )
-    ax.set_xticks(depths, [str(d) for d in depths], minor=False)
+        seconds = [t[key] for t in times]
+        ax.plot(depths, seconds, marker=marker, color=colour)
+        ax.annotate(label, (depths[-1], seconds[-1]), (8, 0), textcoords="offset points", va="center")
+    ax.set(xscale="log", yscale="log", xlabel="layers (log)", ylabel="seconds on a CPU (log)")
+    ax.set_xticks(depths, [f"{d:,}" for d in depths], minor=False)
     ax.minorticks_off()
-    ax.legend()
-    ax.grid(alpha=0.3)
+    course, ours = (times[-1][key] for key in ("course", "ours"))
+    finish(fig, f"{depths[-1]:,} layers: {ours:.1f} s with lsuv_, {course:.0f} s with the course's loop")
     return fig
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "costs.md").read_text(encoding="utf-8")
 
 
 def report(*args):
@@ -24,8 +24,8 @@ def test_without_a_gpu_it_says_so_in_one_line():
     assert done.stderr.splitlines() == ["--device cuda: PyTorch finds no NVIDIA GPU"]
 
 
-def test_the_counts_in_the_readme_are_those_of_today():
-    written = re.search(r"<!-- counts: .*? -->\n(.*?)<!-- end of counts -->", README, flags=re.S)[1]
+def test_the_counts_on_the_page_are_those_of_today():
+    written = re.search(r"<!-- counts: .*? -->\n(.*?)<!-- end of counts -->", PAGE, flags=re.S)[1]
     if f"PyTorch {torch.__version__.partition('+')[0]};" not in written:
         pytest.skip("counted with another PyTorch")
     assert report("--only", "counts", "--dry").stdout.endswith(written)
@@ -33,5 +33,5 @@ def test_the_counts_in_the_readme_are_those_of_today():
 
 @pytest.mark.parametrize("block", ["costs", "depth", "recording", "costs on a GPU", "recording on a GPU"])
 def test_no_number_without_its_device(block):
-    text = re.search(rf"<!-- {block}: .*? -->\n(.*?)<!-- end of {block} -->", README, flags=re.S)[1]
+    text = re.search(rf"<!-- {block}: .*? -->\n(.*?)<!-- end of {block} -->", PAGE, flags=re.S)[1]
     assert ("on a gpu" if block.endswith("GPU") else "on a cpu") in text.lower()

@@ -1,4 +1,4 @@
-"`python tests/conformance`: every architecture, each in a process of its own; a table for the README."
+"`python tests/conformance`: every architecture, each in a process of its own; a table for the site."
 
 import sys
 from pathlib import Path

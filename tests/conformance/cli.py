@@ -44,7 +44,7 @@ def _arguments():
         "--out",
         type=Path,
         default=OUT,
-        help="where to write, without .csv and .md; the README only along with %(default)s",
+        help="where to write, without .csv and .md; `docs/layers.md` only along with %(default)s",
     )
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one architecture")
     parser.add_argument("--memory", type=float, default=8, help="GB for one architecture (on Linux)")
@@ -70,7 +70,7 @@ def _run(paths, args, whole) -> int:
     if whole:
         args.out.with_suffix(".md").write_text(tables.markdown(verdicts), encoding="utf-8")
         if args.out == OUT:
-            tables.put_into(tables.ROOT / "README.md", tables.summary(verdicts))
+            tables.put_into(tables.ROOT / "docs" / "layers.md", tables.summary(verdicts))
     print(tables.summary(verdicts) if whole else tables.markdown(verdicts))
     return int(any(v.outcome != "right" for v in verdicts))
 

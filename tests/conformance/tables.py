@@ -1,4 +1,4 @@
-"Verdicts as CSV, as a Markdown table, and as the summary in the README."
+"Verdicts as CSV, as a Markdown table, and as the summary in `docs/layers.md`."
 
 from __future__ import annotations
 
@@ -48,36 +48,38 @@ def read(path: Path, sources: dict[str, str]) -> list[Verdict]:
 def markdown(verdicts) -> str:
     "All architectures, one a line."
     lines = [
-        f"# {headline(verdicts)}",
+        "# Every architecture",
         "",
-        "Written by `python tests/conformance`; the columns are explained in the README.",
+        f"**{headline(verdicts)}**",
+        "",
+        "Written by `python tests/conformance`; [this page](../docs/layers.md#every-architecture) says what is tried.",
         "",
     ]
     lines += table(
         [
+            "verdict",
             "architecture",
-            "model",
-            "parameters",
             "layers",
             "right",
             "mean kept",
             "skipped, by reason",
             "passes",
-            "verdict",
+            "parameters",
+            "model",
+            "what is wrong",
         ],
         [
             [
+                v.outcome,
                 f"{v.family}: {v.name}",
-                v.model,
-                f"{v.parameters / 1e6:.2f} M",
                 v.layers,
                 v.right,
                 v.mean_kept,
                 reasons(v.skipped),
                 v.passes,
-                v.outcome
-                if not v.faults
-                else f"{v.outcome}: {v.faults[0]}" + (f" and {len(v.faults) - 1} more" if len(v.faults) > 1 else ""),
+                f"{v.parameters / 1e6:.2f} M",
+                v.model,
+                v.faults[0] + f" and {len(v.faults) - 1} more" * (len(v.faults) > 1) if v.faults else "",
             ]
             for v in verdicts
         ],
@@ -129,9 +131,9 @@ def table(header, rows):
     return [f"| {' | '.join(row)} |" for row in cells]
 
 
-def put_into(readme: Path, text: str):
+def put_into(page: Path, text: str):
     "Replace what is between the two marks."
-    before, mark, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    before, mark, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     if not mark or END not in rest:
-        raise ValueError(f"{readme} has no {BEGIN} … {END}")
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        raise ValueError(f"{page} has no {BEGIN} … {END}")
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")

@@ -132,7 +132,7 @@ def test_the_ends_of_branches_are_found(case):
     for row in report:
         if row.status == "corrected":
             assert row.std_after == pytest.approx(n**-0.5 if row.name in layers else 1, abs=1e-3), row
-    assert re.search(rf"{len(layers)} that end a branch {n**-0.5:.4f}"[:-1], report.summary())
+    assert re.search(rf"{len(layers)} branch ends at {n**-0.5:.4f}"[:-1], report.summary())
 
 
 @pytest.mark.parametrize(
@@ -417,11 +417,20 @@ def test_bad_values_leave_the_model_alone(options, error):
 
 def test_the_summary_tells_the_branch_that_is_farthest_off():
     rows = [
-        Row(f"{i}", "Linear", 1, 0.0, 1.0, 0.0, std, 1, "corrected" if std == 0.5 else "not_converged", "ends a branch")
+        Row(
+            f"{i}",
+            "Linear",
+            1,
+            0.0,
+            1.0,
+            0.0,
+            std,
+            1,
+            "corrected" if std == 0.5 else "not_converged",
+            "ends a branch",
+        )
         for i, std in enumerate([0.5, 0.5, 0.7, 0.5])
     ]
-    assert (
-        LSUVReport(rows, 4, 1.0)
-        .summary()
-        .startswith("LSUV: 3 of 4 layers right, worst mean 0.0000 → 0.0000, 4 that end a branch 0.7000")
-    )
+    line = LSUVReport(rows, 4, 1.0).summary()
+    assert line.startswith("LSUV: 3 corrected, 1 not converged (ends a branch): 2; worst mean 0.0000 → 0.0000"), line
+    assert ", 4 branch ends at 0.7000, 1.00 s" in line, line

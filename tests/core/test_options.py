@@ -347,23 +347,6 @@ def test_init_is_applied_once_to_a_tied_weight():
 # --- slips ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (lambda: (rows(), mlp(10, 8, 3)), "in this order"),
-        (lambda: (mlp(10, 8, 3), rows().numpy()), "torch.as_tensor"),
-        (lambda: (mlp(10, 8, 3), torch.utils.data.DataLoader(rows(), 8)), "one batch"),
-        (lambda: (mlp(10, 8, 3), (rows(), torch.arange(64))), "without the targets"),
-        (lambda: (rows(), rows()), "is a Tensor: expected a torch.nn.Module"),
-    ],
-    ids=["swapped", "array", "loader", "with targets", "no model"],
-)
-def test_a_slip_gets_one_clear_line(arguments, said):
-    with pytest.raises(TypeError, match=said) as e:
-        lsuv_(*arguments())
-    assert len(str(e.value)) < 400, "no tensor is dumped into a message"
-
-
 def test_numbers_of_numpy_are_numbers():
     options = dict(std=np.float32(0.5), mean=np.float64(0), max_iter=np.int64(3), tol=np.float32(1e-3))
     assert lsuv_(mlp(10, 8, 3), rows(), **options).converged

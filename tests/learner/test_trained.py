@@ -497,7 +497,7 @@ def test_a_run_that_was_declined_is_no_run(make, capsys, monkeypatch):
         learn.lr_find(num_it=8, show_plot=False)
     assert lines(capsys) == ["LSUV: not run, because no luck"]
     assert learn.lsuv.report is None
-    with pytest.raises(AttributeError, match="when the first fit begins"):
+    with pytest.raises(AttributeError, match="a fit went on without it, because no luck; once"):
         learn.lsuv_report  # noqa: B018
     assert runs_in_the_next_fit(learn, cbs=None)
 
@@ -537,7 +537,7 @@ def test_other_attributes_are_asked_of_the_model_as_ever(make):
 
 def test_the_callback_s_options_and_batch_are_the_defaults_of_lsuv_init(make):
     batch = torch.randn(8, 1, 8, 8), torch.arange(8)
-    learn = make(cbs=LSUVCallback(batch, std=0.5, exclude="1.*"))
+    learn = make(cbs=LSUVCallback(batch=batch, std=0.5, exclude="1.*"))
     assert [row.name for row in learn.lsuv_init(mean=None)] == ["0.0", "0.2"]
     with torch.no_grad():
         out = learn.model[0][0](batch[0])

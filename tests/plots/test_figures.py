@@ -76,10 +76,11 @@ def test_all_that_is_written_can_be_read(plot):
 
 
 @each
-def test_pyplot_and_its_settings_are_left_alone(plot):
+def test_it_is_one_of_pyplot_s_and_settings_are_left_alone(plot):
     rc, numbers = dict(matplotlib.rcParams), plt.get_fignums()
-    drawn(plot())
-    assert (dict(matplotlib.rcParams), plt.get_fignums()) == (rc, numbers)
+    figure = drawn(plot())
+    assert dict(matplotlib.rcParams) == rc
+    assert plt.get_fignums() == [*numbers, figure.number]
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def test_drawing_takes_a_hundredth_of_the_time(notebook, monkeypatch):
 
     def draw():
         now[0] += 0.5
-        return plt.figure(FigureClass=type(ActivationStatsRecorder()._stats_figure()))
+        return plt.figure(FigureClass=type(ActivationStatsRecorder().plot_stats()))
 
     chart = LiveChart(draw)
     while now[0] < 1000:
