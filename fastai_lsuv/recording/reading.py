@@ -39,9 +39,10 @@ class Reading:
         beside the std; `at_limit`, the share of sizes near the largest; `signal`, the part of the std that is due to
         the input (the std over the batch at the same place, in the whole std); `update`, the size of the step's change
         of the layer's parameters beside their size, NaN where none trains; `dead_units`, the share of an activation's
-        channels that have not fired yet in the epoch's recorded batches (with `every=1` in all of them; of a layer that a
-        functional ReLU follows, but for the first of a fit), NaN of other layers. `fit` counts from 0; `step` counts the training batches of all fits; `phase` is `train` or `valid`; a
-        layer that did not run in a batch has no row. With gradients also `grad_mean` and `grad_std`.
+        channels that have not fired yet in the epoch's recorded batches (with `every=1` in all of them; of a layer that
+        a functional ReLU follows, but for the first of a fit), NaN of other layers. `fit` counts from 0; `step` counts
+        the training batches of all fits; `phase` is `train` or `valid`; a layer that did not run in a batch has no row.
+        With gradients also `grad_mean` and `grad_std`.
         """
         self._flush()
         return self._history.frame()
