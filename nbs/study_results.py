@@ -72,9 +72,9 @@ def against(df: pd.DataFrame, init: str = "LSUV auto") -> pd.DataFrame:
     "For each cell: what the best hand-picked initialisation, plain LSUV and `init` reach on the seeds that all have."
     means = at_best_rate(df).pivot_table(index=[*CELL, "seed"], columns="init", values="accuracy")
     means = means[means[init].notna()].groupby(CELL).mean()
-    by_hand = means.drop(columns=init)
+    by_hand = means.drop(columns=init).dropna(how="all")
     best = {"best": by_hand.max(axis=1), "by": by_hand.idxmax(axis=1)}
-    return pd.DataFrame({**best, "LSUV": means.LSUV, init: means[init]})
+    return pd.DataFrame({**best, "LSUV": means.LSUV, init: means[init]}, index=by_hand.index)
 
 
 # --- does it train? -------------------------------------------------------------------------------------------------
@@ -84,12 +84,12 @@ def networks(df: pd.DataFrame) -> pd.DataFrame:
     """One row per initialised network, at the better of its learning rates.
 
     `share`: its accuracy over the best of its cell. `fails`: that is under a half. Cells in which nothing trains, and so
-    nothing can be told, are left out.
+    nothing can be told, are left out, and so is `init="auto"`, which mostly repeats one of the others.
     """
     found = df.sort_values("accuracy").groupby([*CELL, "init", "seed"]).tail(1)
     best = found.groupby(CELL).accuracy.transform("max")
     share = found.accuracy / best
-    return found.assign(share=share, fails=share < 0.5)[best > 0.3]
+    return found.assign(share=share, fails=share < 0.5)[(best > 0.3) & (found.init != "LSUV auto")]
 
 
 def score(found: pd.DataFrame) -> pd.Series:
