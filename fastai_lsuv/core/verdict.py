@@ -99,7 +99,7 @@ def remedy(found: Trainability, options: Options) -> str:
     if found.is_lost_at_once:
         return "the inputs are nearly alike: normalise them"
     if options.only_measures:
-        return "LSUV may mend it"
+        return "LSUV may fix this"
     if options.init == AUTO:
         return "the best that was tried; fewer layers, norms or shortcuts would help"
-    return 'init="auto" looks for better weights'
+    return 'try init="auto", which looks for better weights'

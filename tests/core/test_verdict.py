@@ -46,9 +46,9 @@ def test_the_words(found, verdict):
 
 def test_the_remedy_goes_with_it():
     lost = of([0.9, 0.05, 0.0])
-    assert remedy(lost, Options()) == 'init="auto" looks for better weights'
+    assert remedy(lost, Options()) == 'try init="auto", which looks for better weights'
     assert "auto" not in remedy(lost, Options(init=AUTO))
-    assert remedy(lost, Options(mean=None, std=None)) == "LSUV may mend it"
+    assert remedy(lost, Options(mean=None, std=None)) == "LSUV may fix this"
     assert "normalise" in remedy(of([0.05, 0.0]), Options())
     assert "norms" in remedy(of([0.9] * 4, n_norms=4), Options())
     assert remedy(of([0.9] * 4), Options()) == ""
