@@ -39,7 +39,7 @@ def gradients(dry_run: DryRun, modules: Sequence[nn.Module]) -> dict[nn.Module, 
 
     def see(module: nn.Module, call: Call, output: Any) -> None:
         y = first_tensor(output)
-        if y is not None and y.requires_grad:
+        if y is not None and y.requires_grad and y.numel():
             if module in watched:
                 calls.append((module, get_gradient_edge(y), _norm(y), y.numel()))  # it may be changed in place
             if module is dry_run.model:

@@ -35,7 +35,7 @@ REMEDIES = {  # of all verdicts but `healthy`, the gravest first
     "exploding": "Lower the learning rate, clip gradients, or begin from LSUV's weights",
     "dying": "Lower the learning rate, or begin from LSUV's weights",
     "dead units": "Lower the learning rate, or use an activation with a slope on both sides",
-    "vanishing": "Begin from LSUV's weights: LSUVCallback()",
+    "vanishing": "Begin from weights that keep the signal: LSUVCallback(init='auto')",
     "too fast": "Lower the learning rate",
     "not learning": "Raise the learning rate, or see whether the optimizer has this layer",
     "saturated": "Begin from LSUV's weights, or lower the learning rate",
