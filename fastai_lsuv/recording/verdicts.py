@@ -34,8 +34,8 @@ HEALTHY = Verdict("healthy")
 REMEDIES = {  # of all verdicts but `healthy`, the gravest first
     "exploding": "Lower the learning rate, clip gradients, or initialise with LSUV",
     "dying": "Lower the learning rate, or initialise with LSUV",
+    "vanishing": "Initialise so that the signal comes through: LSUVCallback(init='auto')",
     "dead units": "Lower the learning rate, or use an activation with a slope on both sides",
-    "vanishing": "Initialise with LSUV: LSUVCallback()",
     "too fast": "Lower the learning rate",
     "not learning": "Raise the learning rate, or see whether the optimizer has this layer",
     "saturated": "Initialise with LSUV, or lower the learning rate",

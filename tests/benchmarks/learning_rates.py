@@ -1,4 +1,4 @@
-"""Which updates go with which learning rate: ten networks, fifteen learning rates. `python learning_rates.py FILE.csv`
+"""Which updates go with which learning rate: eleven networks at fifteen. `python learning_rates.py FILE.csv`
 
 A row of the file is one training; those that are in it are not run again.
 """
@@ -115,13 +115,12 @@ def trained(name, rate):
     quantiles = np.nanquantile([x.mean_update for x in facts.values()], [0, 0.5, 1])
     steps = recorder.to_frame().pivot_table(index="step", columns="layer", values="update")[[*facts]]
     of_layers = steps.replace(np.inf, np.nan).agg(["mean", "median", "max"], axis=0)
-    found = "; ".join(f"{n} {v}" for v, n in recorder.summary()["verdict"].value_counts().items())
-    return [name, rate, share, loss, *quantiles, *of_layers.median(axis=1), *of_layers.max(axis=1), found]
+    return [name, rate, share, loss, *quantiles, *of_layers.median(axis=1), *of_layers.max(axis=1)]
 
 
 SUMS = ["mean", "middle", "most"]  # over the steps of a layer
 OF_LAYERS = [f"{which}_{sum_}" for which in ("median", "highest") for sum_ in SUMS]
-COLUMNS = ["network", "rate", "accuracy", "loss", "lowest", "median", "highest", *OF_LAYERS, "verdicts"]
+COLUMNS = ["network", "rate", "accuracy", "loss", "lowest", "median", "highest", *OF_LAYERS]
 
 
 def main(path):

@@ -2,8 +2,10 @@
 
 import random
 from functools import partial
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fastai.data.core import DataLoaders
@@ -13,6 +15,7 @@ from torch import nn
 from zoo import xresnet18
 
 from fastai_lsuv import ActivationStatsRecorder, LSUVCallback
+from fastai_lsuv.recording.verdicts import LEARNING, WORKS
 
 VERDICTS = {"exploding", "dying", "dead units", "vanishing", "too fast", "not learning", "saturated", "healthy"}
 COLUMNS = [
@@ -262,3 +265,27 @@ def test_tabular_model():
     dls.n_inp = 2
     summary, _ = trained(dls, model, epochs=1)
     assert_healthy(summary)
+
+
+# --- learning rates ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trainings():
+    "Of eleven networks at fifteen learning rates, as `benchmarks/learning_rates.py` has measured them."
+    return pd.read_csv(Path(__file__).parent.parent / "benchmarks" / "learning_rates.csv")
+
+
+def test_the_best_learning_rates_are_not_complained_of(trainings):
+    best = trainings.loc[trainings.groupby("network").accuracy.idxmax()]
+    assert len(best) == 11
+    assert best.median_mean.between(*LEARNING).all()
+    assert best.median_mean.between(*WORKS).sum() >= 10
+
+
+def test_rates_that_are_called_too_fast_or_not_learning_train_worse(trainings):
+    best = trainings.groupby("network").accuracy.transform("max")
+    low, high = LEARNING
+    slow, fast = trainings[trainings.highest_mean < low], trainings[trainings.median_mean > high]
+    assert slow.accuracy.max() < 0.25 and (slow.groupby("network").rate.min() < 2e-7).sum() == 11
+    assert (fast.accuracy < best[fast.index] - 0.05).mean() >= 0.8, fast
