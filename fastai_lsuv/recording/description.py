@@ -34,12 +34,12 @@ def describe(
     values = buffer.view(-1)
     size = _looked_up(values, layout.fewer).abs_()
     low, high = size.amin(1, keepdim=True), size.amax(1, keepdim=True)
-    mean, std, signal = _moments(buffer, layout, high)
+    mean, std, centred, squares = _moments(buffer, layout, high)
     at_limit = (size - (high - _LIMIT * (high - low))).ge_(0.0).mean(1) * layout.are_many
     sparsity = (size - _SPARSE * std.nan_to_num(0.0)[:, None]).le_(0.0).mean(1)
     few = values.index_select(0, layout.few)
     near = _of_each(few.abs().le_(near_zero).view(-1, CHUNK).sum(1), layout.few_table) / layout.few_counts
-    features = torch.stack([mean, std, near, sparsity, at_limit, signal], 1)
+    features = torch.stack([mean, std, near, sparsity, at_limit, _signal(centred, squares, layout)], 1)
     if with_hist:
         features = torch.cat([features, _histogram(few, layout)], 1)
     return _of_layers(features, layout)
@@ -61,15 +61,18 @@ def _of_each(of_rows: Tensor, table: Tensor) -> Tensor:
     return _looked_up(of_rows, table).sum(1)
 
 
-def _moments(buffer: Tensor, layout: Layout, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, unbiased std and signal of each sample; `high`, (samples, 1), tells the order of size of its values."""
+def _moments(buffer: Tensor, layout: Layout, high: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean and unbiased std of each sample; `high`, (samples, 1), tells the order of size of its values.
+
+    And what they come from, on a scale on which nothing overflows: the values less the mean, and their sums of squares.
+    """
     mean = _of_each(buffer.sum(1), layout.row_table) / layout.counts
     scale = _scale(high)
     centred = (buffer - mean[layout.sample_of_row, None]).mul_(scale.reciprocal()[layout.sample_of_row])
     centred.view(-1).index_fill_(0, layout.padding, 0.0)
     squares = _of_each(torch.linalg.vector_norm(centred, dim=1).square_(), layout.row_table)
     std = (squares / (layout.counts - 1)).sqrt_() * scale[:, 0]  # of one value 0 / 0: NaN
-    return mean, std, _signal(centred, squares, layout)
+    return mean, std, centred, squares
 
 
 def _scale(high: Tensor) -> Tensor:

@@ -267,6 +267,26 @@ def test_tabular_model():
     assert_healthy(summary)
 
 
+class Gated(nn.Module):
+    "A gate that is the same for all inputs, as many begin, beside the stream that it scales."
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.gate, self.head = nn.Linear(64, 32), nn.Linear(32, 32), nn.Linear(32, 10)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.normal_(self.gate.bias)
+
+    def forward(self, x):
+        x = self.stem(x.flatten(1))
+        return self.head(x * self.gate(x.detach()).sigmoid())
+
+
+def test_a_signal_that_later_layers_have_is_not_lost(dls):
+    summary, _ = trained(dls, Gated(), epochs=1, lr=1e-4)
+    assert summary.loc["gate", "signal"] < 0.1 < summary.loc["head", "signal"], "else it is no test"
+    assert summary.loc["gate", "verdict"] == "healthy"
+
+
 # --- learning rates ---------------------------------------------------------------------------------------------------
 
 
