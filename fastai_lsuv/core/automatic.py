@@ -40,8 +40,8 @@ def choose(discovery: Discovery, options: Options) -> Chosen:
         return Chosen(plain)
     if plain.trainability.verdict == HEALTHY:
         return Chosen(plain, "your own weights")
-    all_right = plain.n_right == len(plain.trainability.evidence)
-    needed = dry_run.n_forward - n_before if all_right else _FEWEST  # passes; those in vain say nothing of others
+    # Passes, for the others as well; but where gradients explode so do roundings, and passes are made in vain.
+    needed = _FEWEST if plain.trainability.explodes else dry_run.n_forward - n_before
     best, kept, what = plain, dry_run.kept_state(), ""
     for name, candidate in _candidates(discovery, own, needed):
         room = MOST_PASSES - dry_run.n_forward

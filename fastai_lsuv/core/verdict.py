@@ -68,13 +68,18 @@ class Trainability:
         return max(known[: math.ceil(_EARLY * len(known))], key=lambda x: x.growth, default=None)
 
     @property
+    def explodes(self) -> bool:
+        """Whether a gradient grows so much on its way to the first layers that the network is chaotic."""
+        return self.steepest is not None and self.steepest.growth > EXPLODES and not self.norms_hold_the_scale
+
+    @property
     def verdict(self) -> str:
         """`healthy`, or what is lost, and where."""
         if self.lost_from is not None:
             return f"signal lost from {self.lost_from} on"
         if self.steepest is None:
             return HEALTHY
-        if self.steepest.growth > EXPLODES and not self.norms_hold_the_scale:
+        if self.explodes:
             return f"gradient explodes towards {self.steepest.name}"
         return f"gradient vanishes towards {self.steepest.name}" if self.steepest.growth < VANISHES else HEALTHY
 
