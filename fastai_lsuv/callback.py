@@ -192,7 +192,7 @@ def _getattr(self: Learner, name: str) -> Any:
         return _ask_the_model(self, name)
     callbacks = self._grab_cbs(LSUVCallback)
     if declined := next((cb._declined for cb in callbacks if cb._declined), ""):
-        why = f"a fit went on without it, because {declined}; once that is mended: learn.lsuv_init()"
+        why = f"a fit went on without it, because {declined}; once that is fixed: learn.lsuv_init()"
     elif sign := refusal(self):
         why = f"this network looks trained ({sign}); to overwrite its weights anyway: learn.lsuv_init()"
     elif callbacks:

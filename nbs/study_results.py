@@ -1,6 +1,6 @@
 """What the study found: tables with 95 % confidence intervals, tests, and figures, from `study.csv`.
 
-    python nbs/study_results.py    # prints the README's tables, and draws the figures beside this file
+    python nbs/study_results.py    # prints the tables, and draws the figures beside this file
 
 A *cell* is a network before it has weights: kind, activation, depth, width. Each way to initialise it counts at the
 better of its learning rates.
@@ -14,15 +14,17 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from scipy import stats
 from sklearn.metrics import roc_auc_score
-from study import ACTIVATIONS, CSV, LSUV, NETS, PLAIN, read
+from study import CSV, LSUV, PLAIN, read
+from study_networks import ACTIVATIONS, NETS
 
 HERE = CSV.parent
 CELL = ["net", "act", "depth", "width"]
 N_VALID = 10_000  # images
+LOST, DEAD, EXPLODES = 0.1, 1e-6, 12  # signal, std and growth at which the verdict changes
 COLORS = ["#D55E00", "#56B4E9", "#0072B2", "#009E73"]  # told apart by colour-blind eyes (Okabe & Ito)
 STYLES = ["o:", "s--", "^-.", "D-"]
 
-# --- accuracies ---------------------------------------------------------------------------------------------------------
+# --- accuracies -----------------------------------------------------------------------------------------------------
 
 
 def at_best_rate(df: pd.DataFrame) -> pd.DataFrame:
@@ -58,7 +60,7 @@ def drop_repeated(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def compared(df: pd.DataFrame, one: str, other: str) -> dict[str, float]:
-    "Mean difference of two initialisations over cells and seeds, in points, its 99 % interval, and p of a paired t-test."
+    "Mean difference over cells and seeds, in points, its 99 % interval, and p of a paired t-test."
     both = at_best_rate(df).pivot_table(index=[*CELL, "seed"], columns="init", values="accuracy")[[one, other]].dropna()
     difference = 100 * (both[one] - both[other])
     test = stats.ttest_rel(both[one], both[other])
@@ -70,40 +72,41 @@ def against(df: pd.DataFrame, init: str = "LSUV auto") -> pd.DataFrame:
     "For each cell: what the best hand-picked initialisation, plain LSUV and `init` reach on the seeds that all have."
     means = at_best_rate(df).pivot_table(index=[*CELL, "seed"], columns="init", values="accuracy")
     means = means[means[init].notna()].groupby(CELL).mean()
-    by_hand = means.drop(columns=init)
-    return pd.DataFrame({"best": by_hand.max(axis=1), "by": by_hand.idxmax(axis=1), "LSUV": means.LSUV, init: means[init]})
+    by_hand = means.drop(columns=init).dropna(how="all")
+    best = {"best": by_hand.max(axis=1), "by": by_hand.idxmax(axis=1)}
+    return pd.DataFrame({**best, "LSUV": means.LSUV, init: means[init]}, index=by_hand.index)
 
 
-# --- does it train? -----------------------------------------------------------------------------------------------------
+# --- does it train? -------------------------------------------------------------------------------------------------
 
 
 def networks(df: pd.DataFrame) -> pd.DataFrame:
     """One row per initialised network, at the better of its learning rates.
 
     `share`: its accuracy over the best of its cell. `fails`: that is under a half. Cells in which nothing trains, and so
-    nothing can be told, are left out.
+    nothing can be told, are left out, and so is `init="auto"`, which mostly repeats one of the others.
     """
     found = df.sort_values("accuracy").groupby([*CELL, "init", "seed"]).tail(1)
     best = found.groupby(CELL).accuracy.transform("max")
     share = found.accuracy / best
-    return found.assign(share=share, fails=share < 0.5)[best > 0.3]
+    return found.assign(share=share, fails=share < 0.5)[(best > 0.3) & (found.init != "LSUV auto")]
 
 
 def score(found: pd.DataFrame) -> pd.Series:
     "How far signal and gradient come through, as a logarithm: what the verdict goes by, without its thresholds."
-    exploding = np.log10(found.excess.astype(float).fillna(1).clip(1e-30) / 50).clip(0)
+    exploding = np.log10(found.growth.astype(float).fillna(1).clip(1e-30) / EXPLODES).clip(0)
     return np.log10(found.left.clip(1e-4, 0.35)) - exploding.where(~found.has_norms, 0)
 
 
 def roc_auc(found: pd.DataFrame) -> pd.Series:
     "Area under the ROC curve for `fails`: of parts of what is measured, and among parts of the networks."
     after, without, deep = found.init.isin(LSUV), ~found.has_norms, found.depth >= 50
-    scale = found["std"] > 1e-6  # else nothing comes out: a network that LSUV has not seen
+    scale = found["std"] > DEAD  # else nothing comes out: a network that LSUV has not seen
     scores = {
         "signal": found.signal,
         "signal and spread": found.left,
         "signal, spread and gradient": score(found),
-        "the same and std": score(found).where(scale, -9),
+        "the same and std: the verdict": score(found).where(scale, -9),
         "after LSUV": score(found)[after],
         "after LSUV, without norms": score(found)[after & without],
         "after LSUV, 50 layers or more": score(found)[after & deep],
@@ -121,24 +124,25 @@ def verdicts(found: pd.DataFrame) -> pd.DataFrame:
     return found.groupby(kind).agg(networks=("fails", "size"), fail=("fails", "sum"), share=("share", "median"))
 
 
-# --- figures ------------------------------------------------------------------------------------------------------------
+# --- figures --------------------------------------------------------------------------------------------------------
 
 
 def plot_signal(found: pd.DataFrame) -> Figure:
     "Accuracy, as a share of the best of its cell, over the signal, coloured by the gradient."
     fig, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    grad = found.excess.astype(float).clip(1e-4, 1e4)
+    grad, seen = found.growth.astype(float).clip(1e-4, 1e4), found.left.where(found["std"] > DEAD, 0).clip(1e-3)
     for norms, marker in ((False, "o"), (True, "D")):
         part = found[found.has_norms == norms]
         points = ax.scatter(
-            part.left.clip(1e-3), part.share, c=grad[part.index], norm=LogNorm(1e-4, 1e4), cmap="coolwarm", s=22,
+            seen[part.index], part.share, c=grad[part.index], norm=LogNorm(1e-4, 1e4), cmap="coolwarm", s=22,
             marker=marker, edgecolors="black", linewidths=0.4, label="with norms" if norms else "without norms",
         )  # fmt: skip
     ax.axhline(0.5, color="grey", linewidth=0.8, linestyle="--")
-    ax.set(xscale="log", xlabel="signal at the end, before training", ylim=(0, 1.05))
+    ax.axvline(LOST, color="grey", linewidth=0.8, linestyle="--")
+    ax.set(xscale="log", xlabel="signal times spread at the end, before training", ylim=(0, 1.05))
     ax.set_ylabel("accuracy after training,\nas a share of the best of its kind")
-    ax.legend(loc="lower right")
-    fig.colorbar(points, label="gradient at the first layer (excess)", extend="both")
+    ax.legend(loc="upper left")
+    fig.colorbar(points, label="gradient at the first layer (growth)", extend="both")
     return fig
 
 
@@ -179,7 +183,7 @@ def plot_depth(df: pd.DataFrame) -> Figure:
     return fig
 
 
-# --- the README's parts -------------------------------------------------------------------------------------------------
+# --- the parts of docs/when_it_helps.md -----------------------------------------------------------------------------
 
 
 def plain(df: pd.DataFrame, depth: int = 17) -> pd.DataFrame:

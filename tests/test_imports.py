@@ -52,6 +52,7 @@ ORDER = [
     "plots.maps",
     "summary",
     "report",
+    "core.evidence",
     "core.rows",
     "core.attempt",
     "core.automatic",

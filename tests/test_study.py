@@ -14,6 +14,7 @@ from torch import nn
 
 sys.path.append(str(Path(__file__).parent.parent / "nbs"))
 import study
+import study_networks
 import study_results as results
 
 from fastai_lsuv.data import fashion_dls
@@ -54,7 +55,7 @@ def test_it_is_about_as_many_networks_as_it_says():
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("depth", [5, 17])
 def test_plain_nets_have_their_layers_and_nothing_else(act, depth):
-    net = study.plain_cnn(act, depth, 8)
+    net = study_networks.plain_cnn(act, depth, 8)
     layers = flatten_model(net)
     assert sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in layers) == depth
     assert {type(m) for m in layers} <= {nn.Conv2d, nn.Linear, nn.Flatten, ACTIVATIONS[act]}
@@ -63,13 +64,13 @@ def test_plain_nets_have_their_layers_and_nothing_else(act, depth):
 @pytest.mark.parametrize("block", study.BLOCKS, ids=lambda block: block[0])
 def test_nets_take_the_images(block):
     net, acts, depths, width, _, _ = block
-    model = study.NETS[net](acts[0], depths[0], width)
+    model = study_networks.NETS[net](acts[0], depths[0], width)
     assert model(torch.randn(2, 1, 14, 14)).shape == (2, 10)
 
 
 @pytest.mark.parametrize("net, depth", [("MLP", 17), ("residual CNN", 17), ("CNN with batch norm", 17)])
 def test_depth_is_the_number_of_layers_with_weights(net, depth):
-    layers = study.NETS[net]("relu", depth, 8).modules()
+    layers = study_networks.NETS[net]("relu", depth, 8).modules()
     assert sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in layers) == depth
 
 
@@ -118,7 +119,7 @@ def outcomes():
         for lr, slower in [(1e-3, 0.0), (3e-3, 0.05)]
         for seed in range(3)
     ]
-    df = pd.DataFrame(rows).assign(net="plain CNN", depth=17, width=16, has_norms=False, std=1.0, excess=1.0)
+    df = pd.DataFrame(rows).assign(net="plain CNN", depth=17, width=16, has_norms=False, std=1.0, growth=1.0)
     fails = df.accuracy < 0.3
     verdict = np.where(fails, "signal lost from 3 on", "healthy")
     return df.assign(signal=np.where(fails, 0.01, 0.5), left=np.where(fails, 0.01, 0.5), verdict=verdict)
@@ -185,8 +186,9 @@ recorded = pytest.mark.skipif(not study.CSV.exists(), reason="the study has not 
 
 @recorded
 @pytest.mark.parametrize("number, name", [*enumerate(["plain", "depth", "others"])])
-def test_the_readme_s_tables_are_what_the_study_prints(number, name):
-    assert results.tables()[number] in (study.CSV.parent.parent / "README.md").read_text(encoding="utf-8")
+def test_the_tables_in_the_documentation_are_what_the_study_prints(number, name):
+    page = study.CSV.parent.parent / "docs" / "when_it_helps.md"
+    assert results.tables()[number] in page.read_text(encoding="utf-8")
 
 
 @recorded

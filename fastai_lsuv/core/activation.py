@@ -21,7 +21,7 @@ _SMOOTH = 0.01  # share of the variance that may be between neighbours, if one v
 
 @dataclass(frozen=True, eq=False)
 class Activation:
-    """A function that was seen at some points; straight between them, and beyond."""
+    """A function that is known at some points, interpolated and extrapolated linearly."""
 
     x: Tensor  # ascending, at equal distances
     y: Tensor

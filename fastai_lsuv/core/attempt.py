@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +12,12 @@ from fastai_lsuv.core.correction import Correction
 from fastai_lsuv.core.discovery import Discovery
 from fastai_lsuv.core.dry_run import DryRun
 from fastai_lsuv.core.errors import add_to_message
-from fastai_lsuv.core.gradient import Gradient, gradients
+from fastai_lsuv.core.evidence import trainability
+from fastai_lsuv.core.gradient import gradients
 from fastai_lsuv.core.layers import Layer
 from fastai_lsuv.core.options import Options
 from fastai_lsuv.core.reasons import Note, Skip
-from fastai_lsuv.core.rows import may_get_better
+from fastai_lsuv.core.rows import may_get_better, status_of
 from fastai_lsuv.core.statistics import at_least_single
 from fastai_lsuv.core.verdict import Trainability
 from fastai_lsuv.init import for_layer
@@ -31,6 +31,11 @@ class Attempt:
     layers: list[Layer]
     trainability: Trainability
 
+    @property
+    def n_right(self) -> int:
+        """How many layers are as they should be."""
+        return sum(status_of(layer, self.options) in ("corrected", "unchanged") for layer in self.layers)
+
 
 def attempt(discovery: Discovery, options: Options) -> Attempt:
     """Correct the layers that have been found, as far as it is asked for, and judge what has come of it."""
@@ -42,21 +47,10 @@ def attempt(discovery: Discovery, options: Options) -> Attempt:
         if options.residual:
             _bound_branches(layers, discovery.branch_ends)
         _correct(dry_run, discovery, options)
-    ran = [layer for layer in layers if layer.after]
-    unknown = Gradient(math.nan, math.nan)
-    found = gradients(dry_run, [layer.module for layer in ran])
-    for layer in ran:
-        layer.grad = found.get(layer.module, unknown).elasticity
-    return Attempt(
-        options,
-        layers,
-        Trainability(
-            names=[layer.name or type(layer.module).__name__ for layer in ran],
-            seen=[layer.after for layer in ran if layer.after],
-            excess=[found.get(layer.module, unknown).excess for layer in ran],
-            n_norms=sum("norm" in type(module).__name__.lower() for module in dry_run.names),
-        ),
-    )
+    found = gradients(dry_run, [layer.module for layer in layers if layer.after])
+    for layer in layers:
+        layer.grad = found[layer.module].elasticity if layer.module in found else math.nan
+    return Attempt(options, layers, trainability(dry_run, layers, found))
 
 
 def _correct(dry_run: DryRun, discovery: Discovery, options: Options) -> None:
@@ -76,7 +70,7 @@ def _correct(dry_run: DryRun, discovery: Discovery, options: Options) -> None:
 
 
 def _look(correction: Correction, discovery: Discovery, options: Options, is_last: bool) -> bool:
-    """Measure what has been reached; return whether it takes another pass."""
+    """Measure what has been reached, and return whether another pass is needed."""
     woken, asleep = discovery.look_again()
     correction.leave(dict.fromkeys(asleep, Skip.NEVER_CALLED))
     for layer in () if is_last else woken:
@@ -88,13 +82,10 @@ def _look(correction: Correction, discovery: Discovery, options: Options, is_las
 
 def _bound_branches(layers: list[Layer], ends: list[nn.Module]) -> None:
     """Want less of the layers that end residual branches."""
-    at_end = [layer for layer in layers if layer.module in ends]
-    if not at_end:
-        why = "no residual branch ends in a layer that is corrected and whose scale comes to the sum"
-        warnings.warn(f"residual=True changes nothing: {why}", stacklevel=6)
-    for layer in at_end:
-        layer.target = layer.target.for_branch(len(ends))
-        layer.note(Note.ENDS_BRANCH)
+    for layer in layers:
+        if layer.module in ends:
+            layer.target = layer.target.for_branch(len(ends))
+            layer.note(Note.ENDS_BRANCH)
 
 
 def _reinitialise(layer: Layer, options: Options, dry_run: DryRun) -> None:

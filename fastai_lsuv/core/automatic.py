@@ -15,7 +15,7 @@ from fastai_lsuv.core.verdict import HEALTHY
 from fastai_lsuv.init import delta_orthogonal_, largest_std, looks_linear_
 
 MOST_PASSES = 10  # altogether
-_OF_AN_ATTEMPT = 2  # passes: one that corrects, and one that measures
+_FEWEST = 2  # one that corrects, one that measures
 _ALIKE = 0.05  # by how much one activation may differ from another at most, within 3 std
 
 
@@ -30,48 +30,67 @@ class Chosen:
 def choose(discovery: Discovery, options: Options) -> Chosen:
     """Keep the weights as they are if plain LSUV makes a network of them that trains; else try others, take the best.
 
-    Each is judged by the signal at the end and the gradient at the beginning. What has been tried leaves no trace.
+    Each is judged by the signal at the end and the gradient at the beginning; none that corrects fewer layers is taken.
+    What has been tried leaves no trace.
     """
-    plain_options = replace(options, init=None)
-    plain = attempt(discovery.again(plain_options), plain_options)
-    if plain.trainability.verdict == HEALTHY or options.only_measures:
-        return Chosen(plain, "your own weights" if not options.only_measures else "")
-    dry_run = discovery.dry_run
-    best, kept, what = plain, dry_run.kept_state(), "your own weights, as nothing tried is better"
-    for name, candidate in _candidates(discovery, plain_options):
-        if dry_run.n_forward + _OF_AN_ATTEMPT > MOST_PASSES or best.trainability.score == 1:
+    dry_run, own = discovery.dry_run, replace(options, init=None)
+    n_before = dry_run.n_forward
+    plain = attempt(discovery.again(own), own)
+    if options.only_measures:
+        return Chosen(plain)
+    if plain.trainability.verdict == HEALTHY:
+        return Chosen(plain, "your own weights")
+    all_right = plain.n_right == len(plain.trainability.evidence)
+    needed = dry_run.n_forward - n_before if all_right else _FEWEST  # passes; those in vain say nothing of others
+    best, kept, what = plain, dry_run.kept_state(), ""
+    for name, candidate in _candidates(discovery, own, needed):
+        room = MOST_PASSES - dry_run.n_forward
+        if room < needed or best.trainability.score == 1:
             break
+        within = replace(candidate, max_iter=max(1, min(options.max_iter, room - 2)))
         dry_run.begin_again()
-        tried = attempt(discovery.again(candidate), candidate)
-        if tried.trainability.score > best.trainability.score:
+        tried = attempt(discovery.again(within), within)
+        if tried.n_right >= plain.n_right and tried.trainability.score > best.trainability.score:
             best, kept, what = tried, dry_run.kept_state(), name
     dry_run.restore(kept)
-    return Chosen(best, f"{what}; with your own weights: {plain.trainability.verdict}")
+    if best is plain:
+        return Chosen(plain, "your own weights, as nothing that was tried is better")
+    return Chosen(best, f"{what}; plain LSUV: {plain.trainability.verdict}")
 
 
-def _candidates(discovery: Discovery, options: Options) -> Iterator[tuple[str, Options]]:
+def _candidates(discovery: Discovery, options: Options, needed: int) -> Iterator[tuple[str, Options]]:
     """Ways to initialise that are worth a try, by name."""
-    if not options.residual and options.std is not None and discovery.branch_ends:
+    may_look = discovery.dry_run.n_forward + 1 + needed <= MOST_PASSES
+    if not options.residual and options.std is not None and may_look and discovery.branch_ends:
         yield "residual=True", replace(options, residual=True)
-    modules = [layer.module for layer in discovery.layers if layer.before]
-    factor = _critical_std(activations(discovery.dry_run, modules), len(modules))
+    factor = _critical_std(discovery)
     std = None if options.std is None else options.std * factor
     with_std = "" if std == options.std else f", std={std:.2g}"
     yield f"looks_linear_{with_std}", replace(options, init=looks_linear_, std=std)
     yield f"delta_orthogonal_{with_std}", replace(options, init=delta_orthogonal_, std=std)
 
 
-def _critical_std(found: list[Activation], n_layers: int) -> float:
-    """The std with which gradients come through mirrored layers with these activations, in the proportion found."""
+def _critical_std(discovery: Discovery) -> float:
+    """The std with which gradients come through mirrored layers with the activations that are found; 1 if none is."""
+    modules = [layer.module for layer in discovery.layers if layer.before]
+    try:
+        found = activations(discovery.dry_run, modules)
+        groups = _groups(found)
+        return largest_std([(act, round(n * len(modules) / len(found))) for act, n in groups]) if groups else 1.0
+    except Exception:  # a model that can't run on a few samples, an activation that is flat at 0: measuring will tell
+        return 1.0
+
+
+def _groups(found: list[Activation]) -> list[tuple[Activation, int]]:
+    """Activations that a mirrored pair of channels shows, and how many of each there are."""
     groups: list[tuple[Activation, int]] = []
-    for act in found:
+    for act in filter(_has_odd_part, found):
         i = next((i for i, (other, _) in enumerate(groups) if _are_alike(act, other)), None)
         if i is None:
             groups.append((act, 1))
         else:
             groups[i] = groups[i][0], groups[i][1] + 1
-    behind = [(act, round(n * n_layers / len(found))) for act, n in groups if _has_odd_part(act)]
-    return largest_std(behind) if behind else 1.0
+    return groups
 
 
 def _are_alike(one: Activation, other: Activation) -> bool:
@@ -83,5 +102,3 @@ def _has_odd_part(act: Activation) -> bool:
     """Whether a mirrored pair of channels shows anything: of |z| and z² it doesn't."""
     z = torch.linspace(0, 3, 61, dtype=torch.float64)
     return bool((act(z) - act(-z)).abs().max() > _ALIKE)
-
-

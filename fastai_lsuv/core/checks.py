@@ -37,7 +37,7 @@ def as_call(batch: Any) -> Call:
         raise TypeError(f"batch is a {type(batch).__name__}: expected tensors, such as the inputs of one batch of it")
     call = _arguments(batch)
     if any(isinstance(x, np.ndarray) for x in (*call[0], *call[1].values())):
-        raise TypeError("the batch is of NumPy's arrays: expected tensors, such as torch.as_tensor(array)")
+        raise TypeError("the batch contains NumPy arrays: expected tensors; convert with torch.as_tensor(array)")
     return call
 
 

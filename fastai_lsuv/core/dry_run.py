@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from fastai_lsuv.core.affine import get_bias, set_bias
 from fastai_lsuv.core.copies import Memo, copied
 from fastai_lsuv.core.errors import CannotRun, name_module_at_work
-from fastai_lsuv.core.mode import as_in_training, prepend, set_mode, take_down
+from fastai_lsuv.core.mode import as_in_training, prepend, set_mode, take_down, take_down_backward_hooks
 from fastai_lsuv.core.modules import is_scripted, named_modules, open_modules, plain
 from fastai_lsuv.core.random_state import RandomState, kept_random_state
 from fastai_lsuv.core.statistics import on_host
@@ -71,6 +71,8 @@ class DryRun:
         """
         self._random.restore()
         copy, before = self._fresh_copy(), before or {}
+        if with_grad:
+            take_down_backward_hooks(copy)  # they are to see training's gradients only
         with as_in_training(self._with_grad or with_grad):
             for module in {**before, **after}:
                 _Watched(self._copies[module], module, before.get(module), after.get(module), self._on_layer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,41 +24,44 @@ class Gradient(NamedTuple):
     """What comes back to an output y, and how many values there are."""
 
     elasticity: float  # ‖g‖·‖y‖ / (‖v‖·‖out‖) of a random gradient v at the network's output
-    excess: float  # over √(values of y / values of out), which a linear network of random weights has
+    growth: float  # the elasticity beside that in a linear network of random weights, √(values of y / values of out)
 
 
 def gradients(dry_run: DryRun, modules: Sequence[nn.Module]) -> dict[nn.Module, Gradient]:
-    """Return by how much more a change of each module's output shows at the network's, both relative to their size.
+    """Return how strongly the network's output depends on the output of each module, both relative to their size.
 
-    The elasticity has no unit, so that layers of any scale compare; less what a linear network would have, so do
-    layers of any shape. Of several calls the first counts. Modules through which no gradient can come are left out,
-    and all of them if the model can't be differentiated.
+    The elasticity has no unit, so that layers of any scale compare; beside that of a linear network, so do layers of
+    any shape. Of several calls the strongest counts. Modules through which no gradient can come are left out, and all
+    of them if the model can't be differentiated.
     """
-    edges: dict[nn.Module, tuple[GradientEdge, Tensor, int]] = {}
+    calls: list[tuple[nn.Module, GradientEdge, Tensor, int]] = []
     outputs: list[Tensor] = []
 
     def see(module: nn.Module, call: Call, output: Any) -> None:
         y = first_tensor(output)
-        if y is not None and y.requires_grad and module not in edges:
-            edges[module] = get_gradient_edge(y), _norm(y), y.numel()  # what is behind it may change it in place
+        if y is not None and y.requires_grad and y.numel():
+            if module in watched:
+                calls.append((module, get_gradient_edge(y), _norm(y), y.numel()))  # it may be changed in place
+            if module is dry_run.model:
+                outputs.append(y)
 
-    def see_last(module: nn.Module, call: Call, output: Any) -> None:
-        if module in modules:
-            see(module, call, output)
-        outputs.extend(t for t in [first_tensor(output)] if t is not None and t.requires_grad)
-
+    watched = set(modules)
     try:
-        dry_run.forward({**dict.fromkeys(modules, see), dry_run.model: see_last}, part=first_samples, with_grad=True)
-        out = outputs[0]
-        v = torch.randn_like(out)
-        came_back = torch.autograd.grad(out, [edge for edge, _, _ in edges.values()], v, allow_unused=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whatever is to be said of gradients, training will say
+            dry_run.forward(dict.fromkeys([*modules, dry_run.model], see), part=first_samples, with_grad=True)
+            (out,) = outputs
+            v = torch.randn_like(out)
+            came_back = torch.autograd.grad(out, [edge for _, edge, _, _ in calls], v, allow_unused=True)
     except Exception:  # whatever a model's own backward may raise: that is no matter of its initialisation
         return {}
     whole = _norm(v) * _norm(out)
-    pairs = zip(edges, came_back, strict=True)
-    found = {module: _norm(g) * edges[module][1] / whole for module, g in pairs if g is not None}
-    values = zip(found, on_host([*found.values()]), strict=True)
-    return {module: Gradient(e, e / math.sqrt(edges[module][2] / out.numel())) for module, (e,) in values}
+    found = [(m, _norm(g) * y / whole, n) for (m, _, y, n), g in zip(calls, came_back, strict=True) if g is not None]
+    strongest: dict[nn.Module, Gradient] = {}
+    for (m, _, n), (elasticity,) in zip(found, on_host([e for _, e, _ in found]), strict=True):
+        gradient = Gradient(elasticity, elasticity / math.sqrt(n / out.numel()))
+        strongest[m] = max(strongest.get(m, gradient), gradient)
+    return strongest
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -65,11 +69,16 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def first_samples(call: Call) -> Call:
-    """Return the first samples of a batch: of each tensor that has as many as the first."""
+    """Return the first samples of a batch: of each tensor that has as many as the first.
+
+    Raises:
+        ValueError: they are in an object of the user's own.
+    """
     batch = next(tensors_in(call), None)
     n = len(batch) if batch is not None and batch.dim() else 0
-
-    def part(o: Any) -> Any:
-        return o[:SAMPLES] if isinstance(o, Tensor) and o.dim() and len(o) == n else o
-
-    return tree_map(part, call) if n > SAMPLES else call
+    if n <= SAMPLES:
+        return call
+    some: Call = tree_map(lambda o: o[:SAMPLES] if isinstance(o, Tensor) and o.dim() and len(o) == n else o, call)
+    if len(next(tensors_in(some))) == n:
+        raise ValueError("the batch can't be cut")
+    return some

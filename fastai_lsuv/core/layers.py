@@ -68,6 +68,11 @@ class Layer:
         self.target = self.target.without_mean()
 
     @property
+    def shown_name(self) -> str:
+        """Its name, or the type of a model that is a layer itself."""
+        return self.name or type(self.module).__name__
+
+    @property
     def reason(self) -> str:
         """Why it is skipped, or what else there is to say; behind a colon, of which weights."""
         phrases: list[Skip] | list[Note] = [self.skipped] if self.skipped else self.notes

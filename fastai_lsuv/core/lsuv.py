@@ -48,7 +48,8 @@ def lsuv_(
     they are if they make a network that can be trained; otherwise bounded residual branches, mirrored and orthogonal
     weights are tried, in ten passes at most, and the best by signal and gradient is taken.
 
-    Beside the passes, one forward and backward pass of 16 samples shows how a gradient travels.
+    How a gradient travels is measured by one more forward and backward pass, of 16 samples of the batch (with "auto",
+    for each of the initialisations that are tried).
 
     Raises:
         ValueError: an option out of its range, a pattern that matches nothing, a batch with infinity or with NaN that
@@ -92,6 +93,9 @@ def run(
         discovery = _discover(model, call, options, as_it_stands, on_layer)
         dry_run = discovery.dry_run
         check_outputs([layer.before for layer in discovery.layers if layer.before], call)
+        if options.residual and not options.only_measures and not discovery.branch_ends:
+            why = "no residual branch ends in a layer that is corrected and whose scale comes to the sum"
+            warnings.warn(f"residual=True changes nothing: {why}", stacklevel=4)
         chosen = choose(discovery, options) if options.init == AUTO else Chosen(attempt(discovery, options))
         done = chosen.taken
         if not done.layers:

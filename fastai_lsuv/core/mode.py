@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -76,6 +77,12 @@ def take_down(copy: nn.Module) -> None:
     for module in copy.modules():
         for key in [key for key, hook in module._forward_pre_hooks.items() if key == id(hook)]:
             del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+
+
+def take_down_backward_hooks(copy: nn.Module) -> None:
+    """Have a copy see no gradient."""
+    for module in copy.modules():
+        module._backward_hooks, module._backward_pre_hooks = OrderedDict(), OrderedDict()
 
 
 def eagerly() -> AbstractContextManager[Any]:

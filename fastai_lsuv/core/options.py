@@ -65,7 +65,7 @@ class Options:
         if self.max_iter < 1:
             raise ValueError(f"max_iter={self.max_iter!r}: expected a whole number of at least 1")
         if self.residual and self.std is None and self.mean is not None:
-            raise ValueError("residual=True with std=None: it is by their std that branches are bounded")
+            raise ValueError("residual=True with std=None: it limits the std of the branches, so that it needs one")
 
     def _check_types(self) -> None:
         for name in ("mean", "std", "tol", "max_iter"):

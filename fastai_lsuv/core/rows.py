@@ -21,7 +21,7 @@ def row_of(layer: Layer, options: Options) -> Row:
     before, after = _moments(layer.before, layer.target), _moments(layer.after, layer.target)
     unknown = Measured(0, (), ())
     was, is_now = layer.before or unknown, layer.after or unknown
-    status = "skipped" if layer.skipped else _status(layer, options)
+    status = status_of(layer, options)
     kind = type(layer.module).__name__
     n_calls = 0 if layer.skipped is Skip.NEVER_CALLED else layer.n_calls
     return Row(
@@ -30,7 +30,10 @@ def row_of(layer: Layer, options: Options) -> Row:
     )  # fmt: skip
 
 
-def _status(layer: Layer, options: Options) -> str:
+def status_of(layer: Layer, options: Options) -> str:
+    """Return what became of a layer."""
+    if layer.skipped:
+        return "skipped"
     if options.only_measures:
         return "unchanged"
     if not _is_right(layer, options):

@@ -24,49 +24,46 @@ _FEWEST = 3  # samples that need not lie on one line, seen from their mean
 
 @dataclass(frozen=True)
 class Signal:
-    """What is seen of an output, on the device of the data: sums over the calls of a layer."""
+    """What is seen of one call of a layer, on the device of the data."""
 
     over_batch: Tensor  # variance over the batch at the same place
     of_all: Tensor  # variance of all values
-    spread: Tensor  # of the samples around their mean over directions: 0 if they lie on one line
-    n_calls: int = 1
+    gram: Tensor | None  # norm of the samples' Gram matrix, seen from their mean
+    size: torch.Size  # samples and places
 
-    def merge(self, other: Signal) -> Signal:
-        """Return the same of the calls of both."""
-        return Signal(
-            self.over_batch + other.over_batch,
-            self.of_all + other.of_all,
-            self.spread + other.spread,
-            self.n_calls + other.n_calls,
-        )
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What there is to read."""
+        return [x for x in (self.over_batch, self.of_all, self.gram) if x is not None]
 
+    def shares(self, over_batch: float, of_all: float, gram: float = math.nan) -> tuple[float, float]:
+        """Return, from what was read, the share of the std that is due to the input, and the spread; both 0 to 1.
 
-def signal(x: Tensor, with_spread: bool = True) -> Signal:
-    """Look at the same places, evenly spread, of samples of the batch: a few operations, and no wait."""
-    wide = torch.float32 if x.device.type == "mps" else torch.float64
-    unknown = torch.full((), math.nan, dtype=wide, device=x.device)
-    if not x.dim() or len(x) < 2 or not x.numel():
-        return Signal(unknown, unknown, unknown)
-    sample = _some_places(x).to(wide)
-    variance, mean = torch.var_mean(sample, 0)
-    has_spread = with_spread and len(sample) >= _FEWEST and sample.shape[1] > 1
-    return Signal(variance.mean(), sample.var(), _spread(sample - mean) if has_spread else unknown)
+        The spread is 1 - 1 / the participation ratio of the directions in which samples differ, (Σλ)² / Σλ² of the
+        eigenvalues of their covariance: 0 on one line, 1 if each sample has a direction of its own.
+        """
+        if not 0 < of_all < math.inf:
+            return math.nan, math.nan
+        n, places = self.size
+        trace = over_batch * places * (n - 1)
+        spread = (1 - min(gram / trace, 1.0) ** 2) * (n - 1) / (n - 2) if gram >= 0 < trace else math.nan
+        return min(math.sqrt(over_batch / of_all), 1.0), spread
 
 
-def share(over_batch: float, of_all: float) -> float:
-    """Return the share of the std that is due to the input, 0 to 1; NaN where there is none, as of a batch of one."""
-    return min(math.sqrt(over_batch / of_all), 1.0) if 0 < of_all < math.inf else math.nan
+def signal(x: Tensor, with_spread: bool = True) -> Signal | None:
+    """Look at the same places, evenly spread, of samples of the batch: a few operations, and no wait.
 
-
-def _spread(centred: Tensor) -> Tensor:
-    """1 - 1 / the participation ratio of the directions in which samples differ, by one product of matrices.
-
-    The ratio, (Σλ)² / Σλ² of the eigenvalues of the covariance, counts directions, each by its variance. Samples that
-    are all in directions of their own have 1, however few they are.
+    A batch of one has no signal.
     """
-    n = len(centred)
-    gram = centred @ centred.T
-    return (1 - torch.linalg.vector_norm(gram).square() / gram.trace().square()) * ((n - 1) / (n - 2))
+    if not x.dim() or len(x) < 2 or not x.numel():
+        return None
+    sample = _some_places(x).to(torch.float32 if x.device.type == "mps" else torch.float64)
+    variance, mean = torch.var_mean(sample, 0)
+    gram = None
+    if with_spread and len(sample) >= _FEWEST and sample.shape[1] > 1:
+        centred = sample - mean
+        gram = torch.linalg.vector_norm(centred @ centred.T)
+    return Signal(variance.mean(), sample.var(), gram, sample.shape)
 
 
 def _some_places(x: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastai_lsuv.core.signal import Signal, share, signal
+from fastai_lsuv.core.signal import Signal, signal
 
 # `std_mean` costs twenty times as much on the CPU as a sum and a norm over short rows, which the
 # vector units do at memory speed. Rows also bound the rounding error: the squares of each are added in the tensor's
@@ -38,17 +39,16 @@ class Moments:
     n: int  # number of values (in each channel)
     mean: Tensor
     std: Tensor
-    signal: Signal | None = None  # if that was looked at
+    signals: tuple[Signal, ...] = ()  # of its calls, if these were looked at
 
     def merge(self, other: Moments) -> Moments:
         """Return the moments of both sets together (Chan, Golub & LeVeque 1979, "Updating formulae …")."""
         n = self.n + other.n
         if not self.n or not other.n:
             return self if self.n else other
-        both = self.signal.merge(other.signal) if self.signal and other.signal else None
         delta = other.mean - self.mean
         m2 = self._m2() + other._m2() + delta**2 * (self.n * other.n / n)
-        return Moments(n, self.mean + delta * (other.n / n), (m2 / (n - 1)).sqrt(), both)
+        return Moments(n, self.mean + delta * (other.n / n), (m2 / (n - 1)).sqrt(), self.signals + other.signals)
 
     def on_host(self) -> Measured:
         """Return the same as numbers, which waits for the device."""
@@ -97,7 +97,9 @@ def moments(x: Tensor, channel_dim: int | None = None, careful: bool = False) ->
 
 def with_signal(x: Tensor, channel_dim: int | None, careful: bool, with_spread: bool) -> Moments:
     """Return the moments of `x`, and how much of it is due to the input."""
-    return replace(moments(x, channel_dim, careful), signal=signal(x, with_spread))
+    x = x if type(x) is Tensor else x.as_subclass(Tensor)
+    seen = signal(x, with_spread)
+    return replace(moments(x, channel_dim, careful), signals=() if seen is None else (seen,))
 
 
 def at_hand(x: Tensor) -> bool:
@@ -124,19 +126,17 @@ def on_host(tensors: Sequence[Tensor]) -> list[tuple[float, ...]]:
 def fetched(seen: Sequence[Moments]) -> list[Measured]:
     """Return moments as numbers, in one go."""
     home = iter(on_host([x for m in seen for x in _tensors(m)]))
-    return [Measured(m.n, next(home), next(home), *_shares(m.signal, home)) for m in seen]
+    return [Measured(m.n, next(home), next(home), *_shares(m.signals, home)) for m in seen]
 
 
-def _tensors(m: Moments) -> tuple[Tensor, ...]:
-    of_signal = (m.signal.over_batch, m.signal.of_all, m.signal.spread) if m.signal else ()
-    return (m.mean, m.std, *of_signal)
+def _tensors(m: Moments) -> list[Tensor]:
+    return [m.mean, m.std, *(x for signal in m.signals for x in signal.tensors)]
 
 
-def _shares(seen: Signal | None, home: Iterator[tuple[float, ...]]) -> tuple[float, float]:
-    if seen is None:
-        return math.nan, math.nan
-    (over_batch,), (of_all,), (spread,) = islice(home, 3)
-    return share(over_batch, of_all), spread / seen.n_calls
+def _shares(signals: Sequence[Signal], home: Iterator[tuple[float, ...]]) -> tuple[float, float]:
+    """Signal and spread, in the mean over the calls of a layer."""
+    calls = [signal.shares(*(value for (value,) in islice(home, len(signal.tensors)))) for signal in signals]
+    return (fmean(s for s, _ in calls), fmean(s for _, s in calls)) if calls else (math.nan, math.nan)
 
 
 def at_least_single(dtype: torch.dtype) -> torch.dtype:

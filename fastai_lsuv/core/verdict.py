@@ -8,85 +8,98 @@ from dataclasses import dataclass
 
 from fastai_lsuv.core.options import AUTO, Options
 from fastai_lsuv.core.signal import SIGNAL_LOST
-from fastai_lsuv.core.statistics import Measured
 
-EXPLODES = 50.0  # excess at the first layers beyond which a network without norms doesn't train: by experiment, too
-VANISHES = 1e-3
-ENOUGH = 0.35  # signal at the end, of which more is no better
-DEAD = 1e-6  # std of an output beside the largest of any layer's: nothing comes through, whatever it shows
+# By experiment, as is `SIGNAL_LOST` (`nbs/study.py`): by how much a gradient may grow or shrink on its way to the first
+# layers of a network without norms, beside a linear one.
+EXPLODES, VANISHES = 12.0, 1e-3
+ENOUGH, STEEP = 0.35, 4.0  # signal at the end and growth, of which more and less, respectively, are no better
 _LAYERS_TO_A_NORM = 4  # at most, if norms hold the scale
-_EARLY = 4  # a quarter of the layers is where a gradient arrives
+_EARLY = 0.25  # of the layers: where a gradient arrives
 
 HEALTHY = "healthy"
 
 
 @dataclass(frozen=True)
-class Trainability:
-    """What is known of the layers of a network, in the order in which they run; NaN where nothing is."""
+class Evidence:
+    """What one layer's output tells; NaN where nothing is known."""
 
-    names: Sequence[str]
-    seen: Sequence[Measured]
-    excess: Sequence[float]  # of the gradient at each output, over what a linear network has
+    name: str
+    signal: float  # share of the std that is due to the input, less what a few directions have of it, 0 to 1
+    growth: float  # of a gradient from the network's output to here, beside that in a linear network
+
+
+@dataclass(frozen=True)
+class Trainability:
+    """What is known of the layers of a network, in the order in which they run."""
+
+    evidence: Sequence[Evidence]  # none: nothing is known, and nothing is said against the network
     n_norms: int  # normalisation layers
 
     @property
     def norms_hold_the_scale(self) -> bool:
         """Whether there is a norm for every few layers: a gradient's size says nothing then."""
-        return self.n_norms * _LAYERS_TO_A_NORM >= len(self.names)
+        return bool(self.evidence) and self.n_norms * _LAYERS_TO_A_NORM >= len(self.evidence)
 
     @property
     def last_signal(self) -> float:
-        """What is left at the end: at the last layer or the last hidden one, as the last may add a mean of its own."""
-        return max([s for s, _ in self._signals()[-2:]], default=math.nan)
+        """The larger signal of the last two layers: a head may add a mean to what the layer before has."""
+        return max([x.signal for x in self._with_signal()[-2:]], default=math.nan)
 
     @property
-    def early_gradient(self) -> tuple[float, str]:
-        """The largest excess at the first layers, and where it is."""
-        known = [(g, name) for g, name in zip(self.excess, self.names, strict=True) if math.isfinite(g) and g > 0]
-        return max(known[: -(-len(known) // _EARLY)], default=(math.nan, ""))
+    def lost_from(self) -> str | None:
+        """The first layer from which on the signal is lost, if it is."""
+        first = None
+        if self.last_signal < SIGNAL_LOST:
+            for x in reversed(self._with_signal()):
+                if x.signal >= SIGNAL_LOST:
+                    break
+                first = x.name
+        return first
+
+    @property
+    def is_lost_at_once(self) -> bool:
+        """Whether there is none in any layer."""
+        return self.lost_from is not None and self.lost_from == self._with_signal()[0].name
+
+    @property
+    def steepest(self) -> Evidence | None:
+        """Of the first layers the one to which a gradient grows most, where that is known."""
+        known = [x for x in self.evidence if math.isfinite(x.growth)]
+        return max(known[: math.ceil(_EARLY * len(known))], key=lambda x: x.growth, default=None)
 
     @property
     def verdict(self) -> str:
-        """`healthy`, or what is lost, and where; where nothing is known, nothing is said against the network."""
-        if self.last_signal < SIGNAL_LOST:
-            return f"signal lost from {self._lost_from()} on"
-        gradient, name = self.early_gradient
-        if gradient > EXPLODES and not self.norms_hold_the_scale:
-            return f"gradient explodes towards {name}"
-        return f"gradient vanishes towards {name}" if gradient < VANISHES else HEALTHY
+        """`healthy`, or what is lost, and where."""
+        if self.lost_from is not None:
+            return f"signal lost from {self.lost_from} on"
+        if self.steepest is None:
+            return HEALTHY
+        if self.steepest.growth > EXPLODES and not self.norms_hold_the_scale:
+            return f"gradient explodes towards {self.steepest.name}"
+        return f"gradient vanishes towards {self.steepest.name}" if self.steepest.growth < VANISHES else HEALTHY
 
     @property
     def score(self) -> float:
         """How well signal and gradient come through, 0 to 1: to compare ways to initialise the same network."""
-        gradient = self.early_gradient[0]
-        through = min(1.0, EXPLODES / gradient, gradient / VANISHES) if math.isfinite(gradient) else 1.0
-        return 0.0 if math.isnan(self.last_signal) else min(1.0, self.last_signal / ENOUGH) * through
+        if not self._with_signal():
+            return 0.0
+        growth = STEEP if self.steepest is None or self.norms_hold_the_scale else self.steepest.growth
+        through = min(1.0, STEEP / growth, growth / VANISHES) if growth else 0.0
+        last_hidden = self._with_signal()[-2:][0].signal  # a head of a few values shows less of it
+        return min(1.0, last_hidden / ENOUGH) * through
 
-    def _signals(self) -> list[tuple[float, str]]:
-        """What is left of the input in each output, where that is known."""
-        largest = max((max(x.std) for x in self.seen), default=0.0)
-        left = [0.0 if 0 < max(x.std) < DEAD * largest else _left(x) for x in self.seen]
-        return [(s, name) for s, name in zip(left, self.names, strict=True) if not math.isnan(s)]
-
-    def _lost_from(self) -> str:
-        """The first layer behind which the signal doesn't come back."""
-        first = ""
-        for s, name in reversed(self._signals()):
-            if s >= SIGNAL_LOST:
-                break
-            first = name
-        return first
-
-
-def _left(x: Measured) -> float:
-    """The share of the std that is due to the input, less what outputs on one line have of it."""
-    return x.signal if math.isnan(x.spread) else x.signal * x.spread
+    def _with_signal(self) -> list[Evidence]:
+        return [x for x in self.evidence if not math.isnan(x.signal)]
 
 
 def remedy(found: Trainability, options: Options) -> str:
     """Return what to do about a verdict, or why there is little to gain; empty where there is nothing to say."""
     if found.verdict == HEALTHY:
         return "norms hold the scale: little to gain" if found.norms_hold_the_scale else ""
+    if found.is_lost_at_once:
+        return "the inputs are nearly alike: normalise them"
+    if options.only_measures:
+        return "LSUV may fix this"
     if options.init == AUTO:
-        return "nothing that was tried is better: fewer layers, norms or shortcuts would help"
-    return 'init="auto" looks for better weights'
+        return "the best that was tried; fewer layers, norms or shortcuts would help"
+    return 'try init="auto", which looks for better weights'

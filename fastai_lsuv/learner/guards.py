@@ -85,7 +85,7 @@ def what_to_tell(learn: Learner, decision: Decision) -> str:
         )
     else:
         thawed = _thawed(learn.model, vars(learn).get(_REPORT, ()))
-        line = f"LSUV: unfrozen since it ran, and not corrected, are {len(thawed)} layers: {few(thawed)}"
+        line = f"LSUV: {len(thawed)} layers were frozen when it ran, and so were not corrected: {few(thawed)}"
         line *= bool(thawed)
     decision.told = bool(line)
     return line

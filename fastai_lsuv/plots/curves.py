@@ -301,7 +301,7 @@ def _depth_bar(fig: Figure, axes: Sequence[Axes], layers: Sequence[str]) -> None
 def _title(frame: pd.DataFrame, of: str) -> str:
     """What is shown, and where the numbers ended, if they did."""
     if frame.empty:
-        return "Activations: nothing recorded"
+        return "Activations: nothing recorded yet; a fit with this recorder does, learn.fit(1, cbs=recorder)"
     records = frame["step"].nunique()
     shown = f"Activations of {of}, {records} records" if records > 1 else f"Activations of {of}, one record"
     finite = np.isfinite(frame[["mean", "std"]].to_numpy(float)).all(axis=1)

@@ -134,7 +134,7 @@ def _name_layers(ax: Axes, names: Iterable[Hashable]) -> None:
     rotation = 0 if sum(map(len, shown)) <= MAX_LABELS else 90
     ax.set_xticks(range(0, len(labels), step), shown, rotation=rotation, fontsize="small")
     ax.set_xlim(-0.5, max(len(labels), 1) - 0.5)
-    ax.set_xlabel("layer, in the order of execution" + (f" (one name in {step})" if step > 1 else ""))
+    ax.set_xlabel("layer, in execution order" + (f" (one name in {step})" if step > 1 else ""))
 
 
 def _legend(ax: Axes) -> None:

@@ -159,7 +159,7 @@ def _top(counts: Floats) -> float:
 def _dead_title(shares: pd.DataFrame) -> str:
     last = shares.ffill(axis=1).iloc[:, -1] if shares.size else pd.Series(dtype=float)
     if last.isna().all():
-        return "Near-zero activations: nothing recorded"
+        return "Near-zero activations: nothing recorded yet; a fit does, learn.fit(1, cbs=recorder)"
     worst, dead = shortened(str(last.idxmax()) or "(model)"), (last > DEAD_FROM).sum()
     at_end = f"at the end {dead} above {DEAD_FROM:.0%}, the most in {worst}: {last.max():.0%}"
     return f"Near-zero activations of {len(shares)} layers; {at_end}"

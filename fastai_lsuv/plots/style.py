@@ -50,10 +50,12 @@ class _Figure(Figure):
     """A figure of pyplot's that a notebook shows once, and that looks the same in any style."""
 
     def _ipython_display_(self) -> None:
-        """As a cell's value, show it: unless pyplot does so anyway when the cell ends."""
-        if not plt.fignum_exists(self.number):
-            ipython = sys.modules["IPython"].display
-            ipython.display(ipython.Image(self.as_png()))
+        """Show it and close it, as a cell's value or at the cell's end: whichever comes first is the only time."""
+        if "inline" not in plt.get_backend():
+            raise NotImplementedError  # IPython then does as with any figure, which may be in a window
+        ipython = sys.modules["IPython"].display
+        ipython.display(ipython.Image(self.as_png()))
+        plt.close(self)
 
     def as_png(self) -> bytes:
         """The figure as an image."""

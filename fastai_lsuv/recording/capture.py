@@ -99,13 +99,13 @@ class Capture:
     def _see_units(self, i: int, args: tuple[Any, ...], y: Tensor) -> None:
         """Of activations, which work value by value, and of layers that have one behind them."""
         if i in self._plain:
-            x = first_tensor(args)
+            x = args[0] if args and type(args[0]) is Tensor else first_tensor(args)
             if x is None or x.shape != y.shape:
                 return
         if self._nodes is not None and y.grad_fn is not None:
             self._nodes[i] = y.grad_fn
-        if i not in self.units.channel_dims:
-            return
+        if i not in self.units.channel_dims or (self._nodes is not None and i not in self._plain):
+            return  # what follows a layer is known from the second step on
         try:
             with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
                 self.units.see(i, y)

@@ -16,8 +16,8 @@ from fastai_lsuv.recording.verdicts import Facts, verdicts
 Floats = npt.NDArray[np.floating]
 INDEX = ("fit", "epoch", "step", "phase")
 # Of all training records: extremes of the std and the near-zero share; of those of the last fit, sums of the updates.
-_RUNNING = ("first_std", "last_std", "min_std", "max_std", "max_near_zero", "log_update", "n_changes", "n_updates")
-_OF_FIT = _RUNNING.index("log_update")  # from here on
+_RUNNING = ("first_std", "last_std", "min_std", "max_std", "max_near_zero", "sum_update", "n_changes", "n_updates")
+_OF_FIT = _RUNNING.index("sum_update")  # from here on
 _SHOWN = (
     "type", "first_std", "last_std", "min_std", "max_std", "max_near_zero", "last_mean", "signal", "dead_units",
     "last_update", "verdict", "because",
@@ -122,12 +122,12 @@ class History:
         mean, std, near_zero, update = (values[:, self.columns.index(name)] for name in names)
         ran = ~np.isnan(near_zero)
         std = np.where(ran & ~np.isfinite(mean), np.inf, std)
-        first, _, low, high, most, log_update, n_changes, n_updates = self._running.T
+        first, _, low, high, most, sum_update, n_changes, n_updates = self._running.T
         last = np.where(np.isnan(std), self._running[:, 1], std)
         first = np.where(np.isnan(first), std, first)
         extremes = (np.fmin(low, std), np.fmax(high, std), np.fmax(most, near_zero))
         changed = (update > 0) & np.isfinite(update)
-        sums = log_update + np.log(update.clip(min=1e-30), where=changed, out=np.zeros_like(std)), n_changes + changed
+        sums = sum_update + np.where(changed, update, 0.0), n_changes + changed
         self._running = np.stack([first, last, *extremes, *sums, n_updates + ~np.isnan(update)], 1)
         self._latest = np.where(ran[:, None], values, self._latest)
 
@@ -187,7 +187,7 @@ class History:
                 last_mean=last["mean"],
                 last_update=last["update"],
                 dead_units=float(np.fmin(last["dead_units"], dead)),
-                mean_update=float(np.exp(of_all["log_update"] / of_all["n_changes"])) if of_all["n_changes"] else 0.0,
+                mean_update=of_all["sum_update"] / max(of_all["n_changes"], 1),
                 n_updates=int(of_all["n_updates"]),
             )
             for (name, layer), of_all, last, dead in each

@@ -40,8 +40,11 @@ class Reading:
         the input (the std over the batch at the same place, in the whole std); `update`, the size of the step's change
         of the layer's parameters beside their size, NaN where none trains; `dead_units`, the share of an activation's
         channels that have not fired yet in the epoch's recorded batches (with `every=1` in all of them), NaN of other
-        layers. `fit` counts from 0; `step` counts the training batches of all fits; `phase` is `train` or `valid`; a
-        layer that did not run in a batch has no row. With gradients also `grad_mean` and `grad_std`.
+        layers. Of an activation that is a function only a ReLU's are known: in the row of the layer before it, from
+        the second record of a fit on. With gradients also `grad_mean` and `grad_std`.
+
+        `fit` counts from 0; `step` counts the training batches of all fits; `phase` is `train` or `valid`; a layer that
+        did not run in a batch has no row.
         """
         self._flush()
         return self._history.frame()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class Spots:
         n, by_stride = x.numel(), sorted(range(x.dim()), key=x.stride, reverse=True)
         is_dense = x.permute(by_stride).is_contiguous()
         batch_is_outermost = not is_dense or not by_stride or by_stride[0] == 0 or x.stride(0) == x.stride(by_stride[0])
-        rows = _rows(len(x), ROWS if n > wanted else MOST_ROWS) if x.dim() and batch_is_outermost else 1
+        rows = _rows(len(x), is_large=n > wanted) if x.dim() and batch_is_outermost else 1
         of_row = n // rows
         apart = distance(of_row, n / wanted) if n > wanted else 1
         return cls((rows, math.ceil(of_row / apart)), (of_row, apart), n, is_dense)
@@ -53,10 +54,12 @@ class Spots:
         return (x if self.is_dense else x.contiguous()).as_strided(self.size, self.stride)
 
 
-def _rows(n: int, wanted: int) -> int:
-    """Return the divisor of a batch size, up to `MOST_ROWS`, that is nearest to the number of rows wanted."""
+@cache
+def _rows(n: int, is_large: bool) -> int:
+    """Return the divisor of a batch size, up to `MOST_ROWS`, that is nearest to the number of rows that is best."""
+    best = ROWS if is_large and n > 2 * ROWS else n
     divisors = (d for d in range(1, min(n, MOST_ROWS) + 1) if n % d == 0)
-    return min(divisors, key=lambda d: abs(math.log(d / wanted)), default=1)
+    return min(divisors, key=lambda d: abs(math.log(d / best)), default=1)
 
 
 def plain_values(x: Tensor) -> Tensor:

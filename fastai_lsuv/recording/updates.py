@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastai_lsuv.core.signal import distance
 from fastai_lsuv.core.statistics import at_least_single, in_memory_order
 
-SAMPLE = 2**16  # values of one parameter, or somewhat more or less, evenly spread; all of a smaller one
+SAMPLE = 2**15  # values of one parameter, or somewhat more or less, evenly spread; all of a smaller one
 
 
 class Updates:

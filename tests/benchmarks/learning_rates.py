@@ -1,4 +1,4 @@
-"""Which updates go with which learning rate: ten networks, fifteen learning rates. `python learning_rates.py FILE.csv`
+"""Which updates go with which learning rate: eleven networks at fifteen. `python learning_rates.py FILE.csv`
 
 A row of the file is one training; those that are in it are not run again.
 """
@@ -112,22 +112,23 @@ def trained(name, rate):
         learn.fit_one_cycle(EPOCHS, rate)
     loss, share = learn.recorder.values[-1][-2:]
     facts = {layer: x for layer, x in recorder._history.facts().items() if x.has_matrix and x.n_updates}
-    updates = [x.mean_update for x in facts.values()]
-    verdicts = recorder.summary()["verdict"]
-    found = "; ".join(f"{n} {v}" for v, n in verdicts.value_counts().items())
-    quantiles = np.nanquantile(updates, [0, 0.5, 1])
-    return [name, rate, share, loss, *quantiles, found]
+    quantiles = np.nanquantile([x.mean_update for x in facts.values()], [0, 0.5, 1])
+    steps = recorder.to_frame().pivot_table(index="step", columns="layer", values="update")[[*facts]]
+    of_layers = steps.replace(np.inf, np.nan).agg(["mean", "median", "max"], axis=0)
+    return [name, rate, share, loss, *quantiles, *of_layers.median(axis=1), *of_layers.max(axis=1)]
 
 
-COLUMNS = ["network", "rate", "accuracy", "loss", "lowest", "median", "highest", "verdicts"]
+SUMS = ["mean", "middle", "most"]  # over the steps of a layer
+OF_LAYERS = [f"{which}_{sum_}" for which in ("median", "highest") for sum_ in SUMS]
+COLUMNS = ["network", "rate", "accuracy", "loss", "lowest", "median", "highest", *OF_LAYERS]
 
 
 def main(path):
     torch.set_num_threads(1)
     if not path.exists():
         pd.DataFrame(columns=COLUMNS).to_csv(path, index=False)
-    for name in NETWORKS:
-        for rate in RATES:
+    for rate in sorted(RATES, key=lambda rate: abs(np.log10(rate) + 1.5)):
+        for name in NETWORKS:
             done = pd.read_csv(path)
             if not ((done.network == name) & np.isclose(done.rate, rate, rtol=1e-3)).any():
                 row = [f"{v:.4g}" if isinstance(v, float) else v for v in trained(name, float(rate))]

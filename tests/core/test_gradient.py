@@ -112,3 +112,41 @@ def test_an_activation_in_place_behind_it_changes_nothing():
 
 def test_of_the_last_layer_it_is_one():
     assert lsuv_(mlp(10, 8, 3), rows())[-1].grad_after == pytest.approx(1)
+
+
+def test_hooks_on_gradients_see_training_s_only():
+    net, seen = mlp(10, 8, 3), []
+    net[0].register_full_backward_hook(lambda *args: seen.append("hook"))
+    net[2].register_full_backward_pre_hook(lambda *args: seen.append("pre"))
+    report = lsuv_(net, rows())
+    assert seen == []
+    assert report[0].grad_after > 0
+    net(rows()).sum().backward()
+    assert len(seen) == 2
+
+
+def test_nothing_is_said_of_gradients(recwarn):
+    net = mlp(10, 8, 3)
+    net[0].register_full_backward_hook(lambda *args: None)
+    lsuv_(net, rows())
+    assert [str(w.message) for w in recwarn] == []
+
+
+def test_a_batch_that_can_t_be_cut_is_left_alone():
+    class Graph:
+        def __init__(self, x):
+            self.x = x
+
+    class OfGraphs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.sizes = mlp(10, 8, 3), []
+
+        def forward(self, graph):
+            if torch.is_grad_enabled():
+                raise AssertionError("the whole batch with gradients")
+            return self.layers(graph.x)
+
+    report = lsuv_(OfGraphs(), (Graph(torch.randn(100, 10)),))
+    assert all(math.isnan(row.grad_after) for row in report)
+    assert report.verdict == "healthy"

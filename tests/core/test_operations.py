@@ -7,7 +7,7 @@ from counts import Counts, as_on_a_device, of_lsuv, plain_cnn, plain_mlp
 
 from fastai_lsuv import lsuv_
 
-MOST_OPERATIONS = 16  # for each layer and pass: four of them for the signal
+MOST_OPERATIONS = 18  # for each layer and pass: four of them for signal and spread
 OF_A_NORM = 3  # copies of its buffers, for each pass
 MOST_TRAFFIC = 2.2  # outputs that are read or written, for each pass: 1.7 is what can't be avoided
 MOST_WAITS = 10  # in all passes together
@@ -16,9 +16,9 @@ MOST_WAITS = 10  # in all passes together
 @pytest.mark.parametrize(
     ("make", "shape", "most"),
     [
-        (lambda: plain_cnn(10), (16, 3, 32, 32), MOST_OPERATIONS),
-        (lambda: plain_cnn(10, norm=True), (16, 3, 32, 32), MOST_OPERATIONS + OF_A_NORM),
-        (lambda: plain_mlp(20, 128), (8192, 128), MOST_OPERATIONS),
+        (lambda: plain_cnn(10), (32, 3, 32, 32), MOST_OPERATIONS),
+        (lambda: plain_cnn(10, norm=True), (32, 3, 32, 32), MOST_OPERATIONS + OF_A_NORM),
+        (lambda: plain_mlp(20, 128), (16384, 128), MOST_OPERATIONS),
     ],
     ids=["plain cnn", "batch norm", "mlp"],
 )
@@ -30,7 +30,7 @@ def test_few_operations_and_little_traffic(make, shape, most):
 
 @pytest.mark.parametrize("options", [{"per_channel": True}, {"std": 0.5, "mean": 0.1}], ids=str)
 def test_little_traffic_whatever_is_wanted(options):
-    _, traffic, _ = of_lsuv(plain_cnn(10), torch.randn(16, 3, 32, 32), **options)
+    _, traffic, _ = of_lsuv(plain_cnn(10), torch.randn(32, 3, 32, 32), **options)
     assert traffic <= MOST_TRAFFIC
 
 

@@ -11,16 +11,19 @@ from torch import nn
 from zoo import ARCHITECTURES, architecture
 
 from fastai_lsuv import lsuv_
-from fastai_lsuv.core import signal as core
 from fastai_lsuv.core.signal import signal
 from fastai_lsuv.demo import digits_dls, plain_cnn
 
 ENOUGH = 0.02
 
 
-def share(x):
+def shares(x):
     found = signal(x)
-    return core.share(found.over_batch.item(), found.of_all.item())
+    return (math.nan, math.nan) if found is None else found.shares(*(t.item() for t in found.tensors))
+
+
+def share(x):
+    return shares(x)[0]
 
 
 def exact(x):
@@ -86,7 +89,7 @@ def test_a_batch_of_one_has_none_and_is_not_said_to_be_lost():
 
 
 def spread(x):
-    return signal(x).spread.item()
+    return shares(x)[1]
 
 
 def exact_spread(x):

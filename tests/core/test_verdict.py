@@ -10,17 +10,15 @@ from torch import nn
 
 from fastai_lsuv import lsuv_
 from fastai_lsuv.core.options import AUTO, Options
-from fastai_lsuv.core.statistics import Measured
-from fastai_lsuv.core.verdict import EXPLODES, VANISHES, Trainability, remedy
+from fastai_lsuv.core.verdict import EXPLODES, VANISHES, Evidence, Trainability, remedy
 from fastai_lsuv.demo import digits_dls, plain_cnn
 
 NAN = math.nan
 
 
-def of(signals, excess=None, spreads=None, n_norms=0):
-    n = len(signals)
-    seen = [Measured(9, (0.0,), (1.0,), s, a) for s, a in zip(signals, spreads or [1.0] * n, strict=True)]
-    return Trainability([f"l{i}" for i in range(n)], seen, excess or [1.0] * n, n_norms)
+def of(signals, growth=None, n_norms=0):
+    pairs = zip(signals, growth or [1.0] * len(signals), strict=True)
+    return Trainability([Evidence(f"l{i}", s, g) for i, (s, g) in enumerate(pairs)], n_norms)
 
 
 @pytest.mark.parametrize(
@@ -31,16 +29,15 @@ def of(signals, excess=None, spreads=None, n_norms=0):
         (of([0.0, 0.0]), "signal lost from l0 on"),
         (of([0.9, 0.05, 0.8, 0.7]), "healthy"),  # a gate that is nearly constant
         (of([0.9, 0.05, 0.8, 0.02]), "healthy"),  # a head whose inputs have a mean
-        (of([0.9, 0.9, 0.9, 0.9], spreads=[0.9, 0.5, 0.1, 0.0]), "signal lost from l2 on"),
-        (of([0.9, 0.9, 0.9, 0.9], spreads=[0.9, 0.9, 0.9, NAN]), "healthy"),
         (of([NAN, NAN]), "healthy"),
         (of([]), "healthy"),
-        (of([0.9] * 4, excess=[2 * EXPLODES, 9.0, 3.0, 1.0]), "gradient explodes towards l0"),
-        (of([0.9] * 4, excess=[2 * EXPLODES, 9.0, 3.0, 1.0], n_norms=4), "healthy"),
-        (of([0.9] * 8, excess=[EXPLODES / 2, 2 * EXPLODES, *[1.0] * 6]), "gradient explodes towards l1"),
-        (of([0.9] * 4, excess=[VANISHES / 2, 0.1, 0.3, 1.0]), "gradient vanishes towards l0"),
-        (of([0.9] * 4, excess=[NAN, NAN, 0.3, 1.0]), "healthy"),
-        (of([0.05] * 4, excess=[2 * EXPLODES, 9.0, 3.0, 1.0]), "signal lost from l0 on"),
+        (of([0.9] * 4, growth=[2 * EXPLODES, 9.0, 3.0, 1.0]), "gradient explodes towards l0"),
+        (of([0.9] * 4, growth=[2 * EXPLODES, 9.0, 3.0, 1.0], n_norms=4), "healthy"),
+        (of([0.9] * 8, growth=[EXPLODES / 2, 2 * EXPLODES, *[1.0] * 6]), "gradient explodes towards l1"),
+        (of([0.9] * 4, growth=[VANISHES / 2, 0.1, 0.3, 1.0]), "gradient vanishes towards l0"),
+        (of([0.9] * 4, growth=[NAN, NAN, 0.3, 1.0]), "healthy"),
+        (of([0.9] * 4, growth=[0.0, 0.0, 0.3, 1.0]), "gradient vanishes towards l0"),
+        (of([0.05] * 4, growth=[2 * EXPLODES, 9.0, 3.0, 1.0]), "signal lost from l0 on"),
     ],
 )  # fmt: skip
 def test_the_words(found, verdict):
@@ -49,10 +46,13 @@ def test_the_words(found, verdict):
 
 def test_the_remedy_goes_with_it():
     lost = of([0.9, 0.05, 0.0])
-    assert remedy(lost, Options()) == 'init="auto" looks for better weights'
+    assert remedy(lost, Options()) == 'try init="auto", which looks for better weights'
     assert "auto" not in remedy(lost, Options(init=AUTO))
+    assert remedy(lost, Options(mean=None, std=None)) == "LSUV may fix this"
+    assert "normalise" in remedy(of([0.05, 0.0]), Options())
     assert "norms" in remedy(of([0.9] * 4, n_norms=4), Options())
     assert remedy(of([0.9] * 4), Options()) == ""
+    assert remedy(of([]), Options()) == ""
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +113,67 @@ def test_a_head_of_zeros_says_nothing():
     net = mlp(10, 32, 3)
     nn.init.zeros_(net[-1].weight)
     assert lsuv_(net, rows()).verdict == "healthy"
+
+
+def dead():
+    net = nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(32, 32, bias=False), nn.ReLU())))
+    net[0].weight.data.abs_()
+    return net, -torch.randn(64, 32).abs()
+
+
+def exploded():
+    net = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(60)))
+    for layer in net:
+        layer.weight.data.mul_(20)
+    return net, torch.randn(64, 32)
+
+
+class Sign(nn.Module):
+    def forward(self, x):
+        return torch.sign(x)
+
+
+def signs():
+    return nn.Sequential(nn.Linear(32, 32), Sign(), nn.Linear(32, 3)), torch.randn(64, 32)
+
+
+@pytest.mark.parametrize(
+    ("made", "options", "verdict"),
+    [
+        (dead, {}, "signal lost from 2 on"),
+        (exploded, {"mean": None, "std": None}, "signal lost from"),
+        (signs, {}, "gradient vanishes towards 0"),
+    ],
+    ids=["dead", "exploded", "no gradient"],
+)  # fmt: skip
+def test_what_is_exactly_nothing_or_infinite_counts(made, options, verdict):
+    net, x = made()
+    assert lsuv_(net, x, **options).verdict.startswith(verdict)
+
+
+def test_a_network_of_which_nothing_can_be_corrected_is_not_judged():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.LSTM(8, 8, 4)
+
+        def forward(self, x):
+            return self.rnn(x)[0]
+
+    report = lsuv_(Recurrent(), torch.randn(16, 5, 8))
+    assert (report.verdict, report.remedy) == ("healthy", "")
+
+
+def test_of_a_layer_that_is_called_often_the_strongest_gradient_counts():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inp, self.h, self.out = nn.Linear(4, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+
+        def forward(self, x):
+            state = torch.zeros(len(x), 32)
+            for t in range(30):
+                state = torch.tanh(self.inp(x[:, t]) + 0.3 * self.h(state))
+            return self.out(state)
+
+    assert lsuv_(Loop(), torch.randn(64, 30, 4)).verdict == "healthy"

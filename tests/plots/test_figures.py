@@ -56,7 +56,7 @@ def test_the_paper_is_white_whatever_figures_are_saved_on(plot):
     with plt.rc_context({"savefig.facecolor": "black", "figure.facecolor": "black"}):
         fig = plot()
         fig.savefig(png)
-        shown = plt.imread(BytesIO(fig._repr_png_()))
+        shown = plt.imread(BytesIO(fig.as_png()))
     for pixels in (plt.imread(BytesIO(png.getvalue())), shown):
         np.testing.assert_array_equal(pixels[:3, :3], 1.0)
 

@@ -90,7 +90,11 @@ def test_silence_when_asked_for(capsys):
 # --- an early end -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop_on", ["exploding", ["dying", "exploding"], lambda s: (s.last_std > 1e3).any()], ids=str)
+@pytest.mark.parametrize(
+    "stop_on",
+    ["exploding", ["dying", "exploding"], lambda s: (s.last_std > 1e3).any()],
+    ids=["one", "several", "function"],
+)
 def test_it_ends_the_fit_in_the_batch_in_which_it_happens(stop_on, capsys):
     learn, rec = fitted(Explodes(5), stop_on=stop_on)
     assert rec.to_frame().step.max() == 5 and len(rec.to_frame()) == 6 * 7

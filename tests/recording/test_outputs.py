@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo  # here, since its import sets warnings filters
 from fastai.torch_core import TensorBase
+from learners import scans
 from models import Shared, images, mlp, rows
 from recorded import Checkpointed, fed
 from torch import nn
@@ -168,6 +169,41 @@ def test_real_convolutions(layout):
     rec, seen = fed(model, x, batches=1)
     assert 8 * 32 * 32 * 32 > 4 * SAMPLE, "the stem"
     assert_as_seen(rec, seen, 0.02)
+
+
+def signal(y):
+    "Of the whole output, by the definition."
+    y = y.detach().double()
+    return (y.var(0).mean() / y.var()).sqrt().item()
+
+
+@pytest.mark.parametrize("n", [64, 12, 37])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["", "channels last"])
+def test_signal_is_that_of_the_whole_output(n, layout):
+    "Of images that are images, upsampled: neighbours are alike, and borders for all inputs."
+    x = torch.tensor(scans()[0][:n].reshape(n, 1, 8, 8)).float().repeat_interleave(3, 1)
+    x = nn.functional.interpolate((x - 4.88) / 6.02, size=48, mode="bilinear").contiguous(memory_format=layout)
+    torch.manual_seed(0)
+    model, outputs = xresnet18().to(memory_format=layout), {}
+
+    def see(name):
+        return lambda m, args, out: outputs.update({name: signal(out)}) if name not in outputs else None
+
+    handles = [m.register_forward_hook(see(name), prepend=True) for name, m in model.named_modules()]
+    rec, _ = fed(model, x, batches=1)
+    [handle.remove() for handle in handles]
+    found = dict(zip(rec.to_frame().layer, rec.to_frame().signal))
+    assert len(found) > 40 and {k: v for k, v in found.items() if abs(v - outputs[k]) > 0.025} == {}
+
+
+def test_the_signal_of_what_is_alike_for_all_inputs_is_zero_and_of_one_input_unknown():
+    alike = torch.randn(1, 6, 4).expand(8, 6, 4).clone()
+    xs = {"alike": alike, "all": torch.randn(8, 6, 4), "constant": torch.ones(8, 6), "single": torch.randn(1, 24)}
+    rec, _ = fed(Emits(xs), torch.zeros(4, 1), batches=1, modules="emit.*")
+    found = dict(zip(rec.to_frame().layer, rec.to_frame().signal))
+    assert found["emit.as alike"] < 1e-3 and found["emit.as constant"] == 0
+    assert found["emit.as all"] == pytest.approx(signal(xs["all"]), abs=1e-4)
+    assert found["emit.as single"] != found["emit.as single"]
 
 
 def test_a_wide_convolution_of_large_maps():

@@ -55,7 +55,10 @@ def assert_gradients(rec, want, scale=1.0, rel=1e-4):
         if name not in want:
             continue
         mean, std = want[name].mean().item() / scale, want[name].std().item() / scale
-        assert abs(row.grad_mean - mean) <= rel * std + 1e-12 and abs(row.grad_std - std) <= rel * std + 1e-12, (
+        assert (
+            abs(row.grad_mean - mean) <= rel * std + 1e-6 * abs(mean) + 1e-12
+            and abs(row.grad_std - std) <= rel * std + 1e-12
+        ), (
             name,
             row.grad_mean,
             mean,
@@ -82,18 +85,7 @@ def test_gradients_are_those_of_autograd(net):
         [setattr(m, "inplace", False) for m in model.modules() if isinstance(m, nn.ReLU)]
     want = of_outputs(model, x, mean)
     rec, seen = fed(model, x, with_grad=True)
-    assert [*rec.to_frame().columns] == [
-        "fit",
-        "epoch",
-        "step",
-        "phase",
-        "layer",
-        "mean",
-        "std",
-        "near_zero",
-        "grad_mean",
-        "grad_std",
-    ]
+    assert {"mean", "std", "near_zero", "signal", "update", "grad_mean", "grad_std"} <= {*rec.to_frame().columns}
     assert_as_seen(rec, seen)
     assert_gradients(rec, want)
 

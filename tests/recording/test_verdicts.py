@@ -2,18 +2,20 @@
 
 import random
 from functools import partial
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fastai.data.core import DataLoaders
 from fastai.vision.all import SGD, Adam, CrossEntropyLossFlat
 from learners import digits, learner
-from recorded import fed
 from torch import nn
 from zoo import xresnet18
 
 from fastai_lsuv import ActivationStatsRecorder, LSUVCallback
+from fastai_lsuv.recording.verdicts import LEARNING, WORKS
 
 VERDICTS = {"exploding", "dying", "dead units", "vanishing", "too fast", "not learning", "saturated", "healthy"}
 COLUMNS = [
@@ -111,7 +113,7 @@ def test_growing_in_time(dls):
             if self.training:
                 self.learn.model[3].weight.data.mul_(2)
 
-    summary, _rec = trained(dls, model, lr=1e-6, cbs=[Grows()])
+    summary, _rec = trained(dls, model, lr=1e-4, cbs=[Grows()])
     assert summary.loc["3"].last_std > 1e4 and summary.loc["3"].verdict == "exploding"
     assert summary.loc["1"].verdict == "healthy"
 
@@ -132,7 +134,7 @@ def test_shrinking_in_time(dls):
                 for p in self.learn.model[3].parameters():
                     p.data.mul_(0.5)
 
-    summary, _ = trained(dls, deep(nn.Tanh, depth=3), lr=1e-6, cbs=[Shrinks()])
+    summary, _ = trained(dls, deep(nn.Tanh, depth=3), lr=1e-4, cbs=[Shrinks()])
     assert summary.loc["3"].verdict == "vanishing" and summary.loc["1"].verdict == "healthy"
 
 
@@ -182,7 +184,7 @@ def cnn(act=partial(nn.ReLU, inplace=True), norm=None):
 
 @pytest.mark.parametrize(
     "act",
-    [partial(nn.ReLU, inplace=True), nn.Tanh, nn.Sigmoid, nn.GELU, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.Softplus],
+    [partial(nn.ReLU, inplace=True), nn.Tanh, nn.GELU, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.Softplus],
     ids=lambda a: getattr(a, "__name__", "ReLU"),
 )
 def test_lsuv_d_networks_on_digits(dls, act):
@@ -258,13 +260,32 @@ def test_tabular_model():
     model = TabularModel([(10, 5), (20, 8)], 6, 3, [64, 32])
     cats, conts = torch.stack([torch.randint(10, (64,)), torch.randint(20, (64,))], 1), torch.randn(64, 6)
 
-    class Sees(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.m = model
+    batches = [(cats, conts, cats[:, 0] % 3)] * 12
+    dls = DataLoaders(*(torch.utils.data.DataLoader(batches, batch_size=None) for _ in range(2)))
+    dls.n_inp = 2
+    summary, _ = trained(dls, model, epochs=1)
+    assert_healthy(summary)
 
-        def forward(self, cats, conts):
-            return self.m(cats, conts)
 
-    rec, _ = fed(Sees(), cats, conts, batches=12)
-    assert_healthy(rec.summary())
+# --- learning rates ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trainings():
+    "Of eleven networks at fifteen learning rates, as `benchmarks/learning_rates.py` has measured them."
+    return pd.read_csv(Path(__file__).parent.parent / "benchmarks" / "learning_rates.csv")
+
+
+def test_the_best_learning_rates_are_not_complained_of(trainings):
+    best = trainings.loc[trainings.groupby("network").accuracy.idxmax()]
+    assert len(best) == 11
+    assert best.median_mean.between(*LEARNING).all()
+    assert best.median_mean.between(*WORKS).sum() >= 10
+
+
+def test_rates_that_are_called_too_fast_or_not_learning_train_worse(trainings):
+    best = trainings.groupby("network").accuracy.transform("max")
+    low, high = LEARNING
+    slow, fast = trainings[trainings.highest_mean < low], trainings[trainings.median_mean > high]
+    assert slow.accuracy.max() < 0.25 and (slow.groupby("network").rate.min() < 2e-7).sum() == 11
+    assert (fast.accuracy < best[fast.index] - 0.05).mean() >= 0.8, fast
