@@ -70,9 +70,9 @@ def verdicts(layers: Sequence[Facts]) -> list[Verdict]:
 
     `exploding`: the std is above 1,000, or above 100 times its first value (and 100), or not finite.
     `dying`: 95 % of the outputs are nothing (within 5 % of the layer's own std), whatever its scale.
+    `dead units`: half of an activation's channels did not fire once in an epoch.
     `vanishing`: the std is below 0.001, or below 1 % of its first value; or less than a tenth of it is due to the
     input, here and in all later layers. Said of layers with parameters and of PyTorch's activations.
-    `dead units`: half of an activation's channels did not fire once in an epoch.
     `too fast`: a step changes the weights by more than 6 % of their size, of this layer and of most others, in the mean
     over a fit (a few may begin so small that they have to).
     `not learning`: it changes them by less than 0.003 %. Both are said of matrices and convolutions.
@@ -101,9 +101,9 @@ def _verdict(x: Facts, is_lost: bool, is_fast: bool) -> Verdict:
     rules = (
         ("exploding", x.last_std > min(EXPLODING, CHANGE * max(x.first_std, 1.0)), since),
         ("dying", x.sparsity >= DYING, f"{x.sparsity:.0%} of the outputs are nothing beside its std"),
+        ("dead units", x.is_known and x.dead_units >= DEAD, f"{x.dead_units:.0%} did not fire in an epoch"),
         ("vanishing", x.is_known and x.last_std < max(VANISHING, x.first_std / CHANGE), since),
         ("vanishing", x.is_known and is_lost and x.signal < SIGNAL_LOST, f"{x.signal:.1%} of the std is of the input"),
-        ("dead units", x.is_known and x.dead_units >= DEAD, f"{x.dead_units:.0%} did not fire in an epoch"),
         ("too fast", _moves(x) and is_fast and x.mean_update > fast, per_step),
         ("not learning", _moves(x) and x.mean_update < slow, per_step),
         ("saturated", not x.has_parameters and x.at_limit >= SATURATED, f"{x.at_limit:.0%} are at the limit"),
