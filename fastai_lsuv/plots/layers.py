@@ -33,10 +33,10 @@ def plot_report(
     """Draw std, mean and signal of each layer's output, before beside after, and how a gradient travels back.
 
     Reads the columns `name`, `status`, `std_before`, `std_after`, `mean_before`, `mean_after`, `signal_before`,
-    `signal_after` and `grad_after`. A NaN (a layer that was never called) leaves a gap; what an axis cannot show
-    (infinity, zero on a log axis) is a triangle at the edge it lies beyond. Layers that were skipped or did not
-    converge stand on a band. With `mean` and `std` both `None`, a mere measurement, "after" has nothing to say and is
-    left out.
+    `signal_after`, `spread_after` and `grad_after`. A NaN (a layer that was never called) leaves a gap; what an axis
+    cannot show (infinity, zero on a log axis) is a triangle at the edge it lies beyond. Layers that were skipped or did
+    not converge stand on a band. With `mean` and `std` both `None`, a mere measurement, "after" has nothing to say and
+    is left out.
     """
     times = ["before"] if mean is None and std is None else ["before", "after"]
     fig = new_figure(width=min(max(8.0, 3 + 0.22 * len(frame)), 15.0), height=10.0)
@@ -53,7 +53,10 @@ def plot_report(
     _mark(std_ax, std, "wanted")
     _mark(mean_ax, mean, "wanted")
     signal_ax.set_ylim(-0.03, 1.03)
-    _mark(signal_ax, lost, "lost below", linestyle=":")
+    judged = (frame["signal_after"].astype(float) * frame["spread_after"].astype(float)).to_numpy()
+    signal_ax.plot(judged, color=SERIES[len(times) - 1][0], linestyle=":", linewidth=1.5, label="× spread")
+    _mark(signal_ax, lost, "lost below")
+    _legend(signal_ax)
     grads = frame[["grad_after"]].astype(float)
     scale_std(grad_ax, grads)
     _curves(grad_ax, grads, first=len(times) - 1)
