@@ -51,7 +51,7 @@ class ActivationStatsRecorder(Reading, Callback):
         >>> from fastai.basics import Learner
         >>> from fastai_lsuv import ActivationStatsRecorder
         >>> from fastai_lsuv.demo import digits_dls, plain_cnn
-        >>> recorder = ActivationStatsRecorder(with_hist=True)
+        >>> recorder = ActivationStatsRecorder(with_hist=True, verbose=False)
         >>> learn = Learner(digits_dls(), plain_cnn(), cbs=recorder)
         >>> with learn.no_bar(), learn.no_logging():
         ...     learn.fit(1)
@@ -59,8 +59,8 @@ class ActivationStatsRecorder(Reading, Callback):
         'vanishing'
         >>> recorder.layer_names[:3]
         ['conv1', 'act1', 'conv2']
-        >>> recorder.to_frame().columns.tolist()
-        ['fit', 'epoch', 'step', 'phase', 'layer', 'mean', 'std', 'near_zero']
+        >>> recorder.to_frame().columns.tolist()[4:]
+        ['layer', 'mean', 'std', 'near_zero', 'sparsity', 'at_limit', 'signal', 'update', 'dead_units']
         >>> means, stds, near_zero = recorder.layer_stats("conv1")
         >>> stds[-1] == recorder.stats[-1][0]["std"]
         True
