@@ -79,7 +79,7 @@ class LSUVReport(Sequence[Row]):
     def __init__(
         self,
         rows: Sequence[Row],  # one per layer, in execution order
-        n_forward: int,  # passes of the whole model that were made
+        n_forward: int,  # passes of the model over the whole batch; those of 16 samples for the gradient aren't counted
         seconds: float,  # wall time of all
         mean: float | None = 0.0,  # wanted mean
         std: float | None = 1.0,  # wanted standard deviation
