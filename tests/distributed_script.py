@@ -156,8 +156,7 @@ def together(learn):
 
 
 def rows(learn):
-    "Of the report; None for NaN, which equals nothing."
-    return [{k: None if v != v else v for k, v in vars(r).items()} for r in getattr(learn, "lsuv_report", ())]
+    return [vars(row) for row in getattr(learn, "lsuv_report", ())]
 
 
 def train(rank, model="plain", given=True, lsuv=True, loaded=(), done=(), **options):

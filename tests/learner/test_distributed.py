@@ -194,7 +194,8 @@ def test_they_decide_together_also_where_one_has_had_it(both, done):
 
 def test_fine_tuning_says_once_what_it_says(both):
     a, b = both(script.fine_tune)
-    assert [row["status"] for row in a["rows"]] == ["skipped", "skipped", "corrected"] and a["rows"] == b["rows"]
+    assert [row["status"] for row in a["rows"]] == ["skipped", "skipped", "corrected"]
+    assert repr(a["rows"]) == repr(b["rows"]), "NaN equals nothing"
     told = lines(a, b)
     assert len([line for line in told if "LSUV: 1 corrected, 2 skipped (frozen)" in line]) == 1, told
     assert len([line for line in told if "not corrected" in line]) == 1, told
