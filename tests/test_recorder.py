@@ -16,25 +16,10 @@ from fastai.vision.all import (
 from feeds import loaders
 from learners import digits, learner, small_cnn, two_groups
 from torch import nn
-from witness import Witness, assert_as_seen, hooks_on, records, skin
+from witness import COLUMNS, Witness, assert_as_seen, hooks_on, records, skin
 
 from fastai_lsuv import ActivationStatsRecorder, LSUVCallback
 
-COLUMNS = [
-    "fit",
-    "epoch",
-    "step",
-    "phase",
-    "layer",
-    "mean",
-    "std",
-    "near_zero",
-    "sparsity",
-    "at_limit",
-    "signal",
-    "update",
-    "dead_units",
-]
 LAYERS = ["0.0", "0.1", "0.2", "0.3", "1.0", "1.1", "1.3"]
 
 

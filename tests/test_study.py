@@ -181,22 +181,17 @@ def test_figures():
 
 # --- what was found ---------------------------------------------------------------------------------------------------
 
-recorded = pytest.mark.skipif(not study.CSV.exists(), reason="the study has not been run")
 
-
-@recorded
 @pytest.mark.parametrize("number, name", [*enumerate(["plain", "depth", "others"])])
 def test_the_tables_in_the_documentation_are_what_the_study_prints(number, name):
     page = study.CSV.parent.parent / "docs" / "when_it_helps.md"
     assert results.tables()[number] in page.read_text(encoding="utf-8")
 
 
-@recorded
 def test_every_run_of_the_short_study_is_there():
     assert not study.remaining(full=False)
 
 
-@recorded
 def test_signal_and_gradient_tell_what_trains():
     found = results.networks(study.read())
     assert len(found) >= 200

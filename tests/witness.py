@@ -12,6 +12,22 @@ from audit import first_tensor
 from fastai.vision.all import Callback
 from torch import nn
 
+COLUMNS = [
+    "fit",
+    "epoch",
+    "step",
+    "phase",
+    "layer",
+    "mean",
+    "std",
+    "near_zero",
+    "sparsity",
+    "at_limit",
+    "signal",
+    "update",
+    "dead_units",
+]
+
 
 class Witness(Callback):
     "For each batch of training (if `valid`, of validation) a dict: layer → mean, std, near-zero share of its calls."

@@ -17,11 +17,11 @@ from fastai_lsuv.core.dry_run import Call, DryRun
 from fastai_lsuv.core.probe import first_tensor
 from fastai_lsuv.core.statistics import on_host
 
-SAMPLES = 16  # of the batch: what is measured is the same within a few per cent for any number
+SAMPLES = 16  # of the batch: the limits of the verdict are orders of magnitude, which these show
 
 
 class Gradient(NamedTuple):
-    """What comes back to an output y, and how many values there are."""
+    """How strongly the network's output depends on a layer's output y."""
 
     elasticity: float  # ‖g‖·‖y‖ / (‖v‖·‖out‖) of a random gradient v at the network's output
     growth: float  # the elasticity beside that in a linear network of random weights, √(values of y / values of out)

@@ -12,25 +12,9 @@ from feeds import loaders
 from learners import learner, small_cnn
 from models import Stumble
 from torch import nn
-from witness import records
+from witness import COLUMNS, records
 
 from fastai_lsuv import ActivationStatsRecorder
-
-COLUMNS = [
-    "fit",
-    "epoch",
-    "step",
-    "phase",
-    "layer",
-    "mean",
-    "std",
-    "near_zero",
-    "sparsity",
-    "at_limit",
-    "signal",
-    "update",
-    "dead_units",
-]
 
 
 def make(*cbs, model=None, tmp_path=".", **kwargs):
