@@ -22,6 +22,8 @@ _IMMUTABLE = frozenset({
     int, float, complex, str, bytes, bool, type(None), type, CodeType, ModuleType, BuiltinFunctionType,
     torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format,
 })  # fmt: skip
+# What every module has: hooks, parameters, children, by name.
+_REGISTRIES = {name: type(value) for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set))}
 # Where classes are written whose objects a model may refer to, but which are no part of it: data, who trains it, and
 # what other threads and processes wait at.
 _NO_PARTS = ("torch.utils.data.", "fastai.data.", "fastai.learner.Learner.",
@@ -92,12 +94,14 @@ class _Copier:
         if kind is dict or kind is OrderedDict:
             new = self._keep(o, kind())
             for key, value in o.items():
-                new[self.copy(key)] = self.copy(value)
+                new[key if type(key) is str else self.copy(key)] = value if value is None else self.copy(value)
             return new
         if kind is list:
             new = self._keep(o, [])
             new.extend(self.copy(part) for part in o)
             return new
+        if kind is set:
+            return {self.copy(part) for part in o}
         if kind is tuple:
             return tuple(self.copy(part) for part in o)
         if isinstance(o, nn.Module):
@@ -116,7 +120,14 @@ class _Copier:
         if isinstance(o, (torch.jit.ScriptModule, torch.fx.GraphModule)):  # made of code that is compiled for each
             return self._by_protocol(o)
         new = self._keep(o, object.__new__(type(o)))
-        vars(new).update(self.copy({key: value for key, value in vars(o).items() if key != "_compiled_call_impl"}))
+        attributes = vars(new)
+        for name, value in vars(o).items():
+            if type(value) in _IMMUTABLE:
+                attributes[name] = value
+            elif name in _REGISTRIES and not value and type(value) is _REGISTRIES[name]:
+                attributes[name] = type(value)()  # most of them are empty, and there are a dozen in each module
+            elif name != "_compiled_call_impl":
+                attributes[name] = self.copy(value)
         for name in copyreg._slotnames(type(o)):  # type: ignore[attr-defined]
             if hasattr(o, name):
                 object.__setattr__(new, name, self.copy(getattr(o, name)))

@@ -13,7 +13,7 @@ from fastai_lsuv.core.affine import is_known_affine
 from fastai_lsuv.core.blocks import correct_in_pass
 from fastai_lsuv.core.copies import copied
 from fastai_lsuv.core.dry_run import Call, DryRun
-from fastai_lsuv.core.exact import Step, exact_step, outcomes, rescale, scaled
+from fastai_lsuv.core.exact import Step, exact_step, outcomes, rescale, scaled, variances_of_biases
 from fastai_lsuv.core.layers import Layer
 from fastai_lsuv.core.options import Options
 from fastai_lsuv.core.probe import first_tensor
@@ -35,6 +35,7 @@ class Correction:
         self.unproven: dict[Layer, list[Tensor]] = {}  # layers that the probe found, with their weights before the step
         self.examined: set[Layer] = set()  # every value of their output is looked at
         self.n_polished = 0
+        self.bias_vars: dict[Layer, Tensor] = {}  # before the pass
         self._begin_pass()
 
     def _begin_pass(self) -> None:
@@ -46,6 +47,7 @@ class Correction:
     def make_pass(self) -> bool:
         """Make a correcting pass; return whether it takes another."""
         self._begin_pass()
+        self.bias_vars = variances_of_biases([*self.layers.values()])
         run_again = [m for m, layer in self.layers.items() if layer.runs_again]
         self.dry_run.forward(dict.fromkeys(self.layers, self._see), dict.fromkeys(run_again, self._keep_state))
         suspects = self._read_steps() - self.examined
@@ -82,7 +84,7 @@ class Correction:
         if seen.n < 2:
             self.uncorrectable[layer] = Skip.TOO_FEW
             return output
-        step = exact_step(layer, y, seen, examine=layer in self.examined)
+        step = exact_step(layer, y, seen, self.bias_vars.get(layer), examine=layer in self.examined)
         if not is_known_affine(layer.module) and layer not in self.unproven:
             self.unproven[layer] = [w.detach().clone() for w in layer.weights]
         assert layer.affine is not None

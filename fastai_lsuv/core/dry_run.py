@@ -55,6 +55,7 @@ class DryRun:
         self._copies: dict[nn.Module, nn.Module] = {}  # of all modules, in the pass at hand
         self._frozen = frozen  # modules that are in evaluation in training, too
         self._has_run = False
+        self._next: nn.Module | None = None  # a copy for the pass to come
 
     # passes
 
@@ -69,8 +70,8 @@ class DryRun:
 
         On the whole batch, or a part of it, which doesn't count as a pass.
         """
-        self._random.restore()
         copy, before = self._fresh_copy(), before or {}
+        self._random.restore()
         if with_grad:
             take_down_backward_hooks(copy)  # they are to see training's gradients only
         with as_in_training(self._with_grad or with_grad):
@@ -90,6 +91,8 @@ class DryRun:
                     del vars(self._copies[module])["forward"]
                 self._copies = {}
         self.n_forward += part is None
+        if not with_grad:  # the last
+            self._next = self._copy_of_model()  # while a device is still at work
 
     def _refuse_original(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Pre-hook of all modules there are: one of the model itself is not to run."""
@@ -139,16 +142,19 @@ class DryRun:
             with torch.no_grad():  # a forward may have written to them
                 torch._foreach_copy_(stale, [self._original[w] for w in stale])
         self._has_run = True
-        try:
-            copy = copied(self.model, {id(p): w for p, w in self._working.items()})
-        except Exception as error:
-            raise CannotRun(f"{type(self.model).__name__} can't be copied: {error}") from error
+        copy, self._next = self._next or self._copy_of_model(), None
         in_copy = dict(named_modules(copy))
         self._copies = {module: in_copy[name] for module, name in self.names.items() if name in in_copy}
         for module, bias in self.biases.items():
             set_bias(self._copies[module], bias)
         set_mode(copy, [self._copies[m] for m in self._frozen if m in self._copies])
         return copy
+
+    def _copy_of_model(self) -> nn.Module:
+        try:
+            return copied(self.model, {id(p): w for p, w in self._working.items()})
+        except Exception as error:
+            raise CannotRun(f"{type(self.model).__name__} can't be copied: {error}") from error
 
     def _working_memo(self) -> Memo:
         return {id(w): w for w in self._original}

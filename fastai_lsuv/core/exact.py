@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from fastai_lsuv.core import statistics
 from fastai_lsuv.core.affine import AffineParameters, is_known_affine
 from fastai_lsuv.core.layers import Layer
+from fastai_lsuv.core.signal import sum_dtype
 from fastai_lsuv.core.statistics import Measured, Moments, at_least_single, fetched, on_host
 from fastai_lsuv.core.target import EXACT
 
@@ -43,7 +45,7 @@ class Outcome:
     suspect: bool  # the output varies just as the bias does: are all samples the same?
 
 
-def exact_step(layer: Layer, y: Tensor, seen: Moments, examine: bool) -> Step:
+def exact_step(layer: Layer, y: Tensor, seen: Moments, bias_var: Tensor | None = None, examine: bool = False) -> Step:
     """Return the exact step for a layer with output `y`: W/s and (b - m)/s turn y = Wx + b into (y - m)/s.
 
     Decided on the device, without waiting for it, and in few operations: where nothing is to be done, the step is 1
@@ -51,27 +53,42 @@ def exact_step(layer: Layer, y: Tensor, seen: Moments, examine: bool) -> Step:
     that is done as soon as there is reason to.
     """
     mean, std, target, eps = seen.mean, seen.std, layer.target, torch.finfo(y.dtype).eps
-    size, inverse = mean.abs(), std.reciprocal()
+    inverse = std.reciprocal()
+    ratio = mean * inverse
     scale = torch.ones_like(std) if target.std is None else inverse if target.std == 1 else inverse * target.std
+    at_mean = ratio if target.std == 1 else scale * mean
+    shift = torch.zeros_like(mean) if target.mean is None else target.mean - at_mean
+    off_std, off_mean = (
+        torch.zeros_like(x) if wanted is None else x - wanted if wanted else x
+        for x, wanted in ((std, target.std), (mean, target.mean))
+    )
+    distance = torch.hypot(off_std, off_mean)
     # NaN passes none of these: neither a constant output (0/0 or beyond 1/eps) nor one with infinite values in it
-    change = (size * inverse < 1 / eps) & (inverse > 0) & _can_hold(layer.weights[0], scale)
-    bias_var = _variance_of_bias(layer, seen)
+    change = (ratio.abs() < 1 / eps) & _can_hold(layer.weights[0], scale, distance)
+    change &= distance > EXACT / 2 * target.scale
+    bias_var = None if mean.dim() else bias_var
     examine = examine or (bias_var is not None and statistics.at_hand(y) and _varies_as(seen.on_host(), bias_var, eps))
     is_same = (y == y[:1]).all() if examine else None
     if is_same is not None:
         change = change & ~is_same
-    close = EXACT / 2 * target.scale
-    far = None if target.std is None else (std - target.std).abs() > close
-    if target.mean is None:
-        shift = torch.zeros_like(mean)
-    else:
-        shift = target.mean - scale * mean
-        off = (mean - target.mean).abs() > close if target.mean else size > close
-        far = off if far is None else far | off
-    change = change & far  # type: ignore[operator]
     keep = ~change
     scale, shift = scale.masked_fill(keep, 1.0), shift.masked_fill(keep, 0.0)
     return Step(seen, eps, scale, shift, change, is_same, None if examine else bias_var)
+
+
+def variances_of_biases(layers: Sequence[Layer]) -> dict[Layer, Tensor]:
+    """Return the variance of what the bias alone puts out, as an output is to which no input comes through."""
+    alike: dict[Any, list[tuple[Layer, Tensor]]] = {}
+    for layer in layers:
+        if layer.affine is not None and layer.affine.bias is not None:
+            bias = layer.affine.bias.detach().reshape(-1)
+            alike.setdefault((bias.shape, bias.dtype, bias.device), []).append((layer, bias))
+    found: dict[Layer, Tensor] = {}
+    for group in alike.values():
+        biases = torch.stack([bias for _, bias in group])
+        variances = biases.to(sum_dtype(biases)).var(1, correction=0)
+        found |= {layer: var * layer.affine.gain**2 for (layer, _), var in zip(group, variances, strict=True)}  # type: ignore[union-attr]
+    return found
 
 
 def outcomes(steps: Sequence[Step]) -> list[Outcome]:
@@ -99,20 +116,15 @@ def _outcome(
     return Outcome(any(changed), constant, len(finite) == len(pairs), max(varying, default=0.0), suspect)
 
 
-def _can_hold(weight: Tensor, scale: Tensor) -> Tensor:
-    """Whether the weight times `scale` is in its dtype: fp16 ends at 65504, fp32 short of what denormals need."""
+def _can_hold(weight: Tensor, scale: Tensor, distance: Tensor) -> Tensor:
+    """Whether the weight times `scale` is in its dtype: fp16 ends at 65504, fp32 short of what denormals need.
+
+    The `distance` from the target is infinite where the std is, and so is their product.
+    """
     largest = torch.finfo(weight.dtype).max
     if largest > _LARGE:
-        return scale <= largest
-    return scale * weight.abs().amax().to(scale) <= largest
-
-
-def _variance_of_bias(layer: Layer, seen: Moments) -> Tensor | None:
-    """The variance of what the bias alone puts out, as an output is to which no input comes through."""
-    if layer.affine is None or layer.affine.bias is None or seen.mean.dim():
-        return None
-    bias = layer.affine.bias.to(seen.std.dtype)
-    return (bias if layer.affine.gain == 1 else bias * layer.affine.gain).var(unbiased=False)
+        return scale * distance < largest
+    return (scale * weight.abs().amax().to(scale) <= largest) & (distance < math.inf)
 
 
 def _varies_as(seen: Measured, bias_var: Tensor | float, eps: float) -> bool:
@@ -122,21 +134,31 @@ def _varies_as(seen: Measured, bias_var: Tensor | float, eps: float) -> bool:
 
 def scaled(layer: Layer, y: Tensor, step: Step) -> Tensor:
     """Return the output scaled and shifted, in place where the output is surely the layer's own."""
-    scale, shift, wide = step.scale, step.shift, at_least_single(y.dtype)
-    if scale.dim():
-        shape = [1] * y.dim()
-        shape[layer.channel_dim(y) or 0] = -1
-        scale, shift = scale.reshape(shape), shift.reshape(shape)
-    scale, shift = scale.to(wide), shift.to(wide)
-    if y.dtype == wide and is_known_affine(layer.module):
-        if statistics.at_hand(y) and not scale.dim():
-            return torch.add(shift, y, alpha=float(scale), out=y)
-        return torch.addcmul(shift, y, scale, out=y)
-    corrected = (y.to(wide) * scale + shift).to(y.dtype)
+    wide = at_least_single(y.dtype)
+    scale, shift = step.scale.to(wide), step.shift.to(wide)
+    channels = (layer.channel_dim(y) or 0) if scale.dim() else None
+    if y.dtype != wide and channels in (None, 1) and y.dim() > 1 and y.device.type in ("cpu", "cuda"):
+        corrected = _rounded_once(y, scale, shift)
+    else:
+        if channels is not None:
+            scale, shift = (x.reshape([-1 if d == channels else 1 for d in range(y.dim())]) for x in (scale, shift))
+        if y.dtype == wide and is_known_affine(layer.module):
+            if statistics.at_hand(y) and not scale.dim():
+                return torch.add(shift, y, alpha=float(scale), out=y)
+            return torch.addcmul(shift, y, scale, out=y)
+        corrected = (y.to(wide) * scale + shift).to(y.dtype)
     if y.grad_fn is None:
         return corrected
     y.data = corrected  # the graph that leads to it is that of the corrected weights, too
     return y
+
+
+def _rounded_once(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Scale and shift half precisions in single, value by value, as a norm in evaluation does: no copy in single."""
+    n = y.shape[1]
+    mean, variance = scale.new_zeros(n), scale.new_ones(n)
+    scale, shift = scale.expand(n).contiguous(), shift.expand(n).contiguous()
+    return torch.batch_norm(y, scale, shift, mean, variance, False, 0.0, 0.0, False)
 
 
 def rescale(affine: AffineParameters, scale: Tensor, shift: Tensor, values: Sequence[Tensor] | None = None) -> None:
@@ -160,9 +182,10 @@ def _assign(parameter: Tensor, value: Tensor, factor: Tensor, offset: Tensor | N
     value = parameter if is_own else value
     wide = at_least_single(value.dtype)
     if parameter.dtype == wide:  # large weights need no second copy
-        torch.mul(value, factor.to(wide), out=parameter)
-        if offset is not None:
-            parameter.add_(offset.to(wide))
+        if offset is None:
+            torch.mul(value, factor.to(wide), out=parameter)
+        else:
+            torch.addcmul(offset.to(wide), value, factor.to(wide), out=parameter)
     else:
         result = value.to(wide) * factor.to(wide)
         parameter.copy_(result if offset is None else result + offset.to(wide))

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from fastai_lsuv.core.copies import tensors_in
 from fastai_lsuv.core.dry_run import Call, DryRun
 from fastai_lsuv.core.probe import first_tensor
+from fastai_lsuv.core.signal import sum_dtype
 from fastai_lsuv.core.statistics import on_host
 
 SAMPLES = 16  # of the batch: the limits of the verdict are orders of magnitude, which these show
@@ -41,7 +42,7 @@ def gradients(dry_run: DryRun, modules: Sequence[nn.Module]) -> dict[nn.Module, 
         y = first_tensor(output)
         if y is not None and y.requires_grad and y.numel():
             if module in watched:
-                calls.append((module, get_gradient_edge(y), _norm(y), y.numel()))  # it may be changed in place
+                calls.append((module, get_gradient_edge(y), *_norms([y]), y.numel()))  # it may be changed in place
             if module is dry_run.model:
                 outputs.append(y)
 
@@ -55,17 +56,21 @@ def gradients(dry_run: DryRun, modules: Sequence[nn.Module]) -> dict[nn.Module, 
             came_back = torch.autograd.grad(out, [edge for _, edge, _, _ in calls], v, allow_unused=True)
     except Exception:  # whatever a model's own backward may raise: that is no matter of its initialisation
         return {}
-    whole = _norm(v) * _norm(out)
-    found = [(m, _norm(g) * y / whole, n) for (m, _, y, n), g in zip(calls, came_back, strict=True) if g is not None]
+    reached = [(call, g) for call, g in zip(calls, came_back, strict=True) if g is not None]
+    norms = on_host([*_norms([v, out, *(g for _, g in reached)]), *(size for (_, _, size, _), _ in reached)])
+    (of_v,), (of_out,), *rest = norms
     strongest: dict[nn.Module, Gradient] = {}
-    for (m, _, n), (elasticity,) in zip(found, on_host([e for _, e, _ in found]), strict=True):
+    for ((m, _, _, n), _), (of_g,), (size,) in zip(reached, rest[: len(reached)], rest[len(reached) :], strict=True):
+        whole = of_v * of_out
+        elasticity = of_g * size / whole if whole else math.nan
         gradient = Gradient(elasticity, elasticity / math.sqrt(n / out.numel()))
         strongest[m] = max(strongest.get(m, gradient), gradient)
     return strongest
 
 
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.detach(), dtype=torch.float32 if x.device.type == "mps" else torch.float64)
+def _norms(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Norms in one operation, where a device has one for it."""
+    return torch._foreach_norm([t.detach() for t in tensors], 2, sum_dtype(tensors[0]))
 
 
 def first_samples(call: Call) -> Call:

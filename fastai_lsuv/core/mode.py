@@ -39,7 +39,7 @@ def set_mode(copy: nn.Module, frozen: Collection[nn.Module]) -> None:
     A model that freezes its norms does so in a `train` of its own.
     """
     copy.train()
-    norms = [m for m in copy.modules() if m.training and m not in frozen and _running_statistics(m)]
+    norms = [m for m in copy.modules() if m.training and m not in frozen and _has_running_statistics(m)]
     copy.eval()
     for norm in norms:
         norm.training = True
@@ -47,8 +47,8 @@ def set_mode(copy: nn.Module, frozen: Collection[nn.Module]) -> None:
             prepend(norm, _one_value_a_channel_uses_running_statistics)
 
 
-def _running_statistics(module: nn.Module) -> set[str]:
-    return {"running_mean", "running_var"} & dict(module.named_buffers(recurse=False)).keys()
+def _has_running_statistics(module: nn.Module) -> bool:
+    return any(module._buffers[name] is not None for name in ("running_mean", "running_var") if name in module._buffers)
 
 
 def _one_value_a_channel_uses_running_statistics(
@@ -57,7 +57,7 @@ def _one_value_a_channel_uses_running_statistics(
     """Training raises on a single value per channel, whose variance is undefined."""
     x = args[0] if args else None
     if isinstance(x, Tensor) and x.dim() > 1:
-        norm.training = not _running_statistics(norm) or x.numel() > _channel_groups(norm, x)
+        norm.training = not _has_running_statistics(norm) or x.numel() > _channel_groups(norm, x)
 
 
 def _channel_groups(norm: nn.Module, x: Tensor) -> int:

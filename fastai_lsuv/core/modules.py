@@ -49,7 +49,8 @@ def open_modules(root: nn.Module) -> list[nn.Module]:
 
 def has_parameters(module: nn.Module) -> bool:
     """True if the module or a child of it has a parameter."""
-    return next(module.parameters(), None) is not None
+    own = (p is not None for p in module._parameters.values())
+    return any(own) or any(has_parameters(child) for child in module.children())
 
 
 def containers(module: nn.Module) -> Iterator[nn.Module]:

@@ -9,7 +9,9 @@ line, or a few loud inputs carry all of the variance, the others look the same, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,52 +20,63 @@ from torch import Tensor
 SIGNAL_LOST = 0.1
 
 # Values are enough if there are so many, from so many places, in so many samples of the batch.
-_VALUES, _PLACES, _SAMPLES = 2**15, 2**10, 2**8
+_VALUES, _PLACES, _SAMPLES = 2**15, 2**10, 2**7
+_AT_ONCE = 16
 _FEWEST = 3  # samples that need not lie on one line, seen from their mean
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Signal:
-    """What is seen of one call of a layer, on the device of the data."""
+    """What is looked at of one call of a layer: the same places, evenly spread, of samples of the batch."""
 
-    over_batch: Tensor  # variance over the batch at the same place
-    of_all: Tensor  # variance of all values
-    gram: Tensor | None  # norm of the samples' Gram matrix, seen from their mean
-    size: torch.Size  # samples and places
+    sample: Tensor  # (samples, places), on the device of the data: half a megabyte at most
+    with_spread: bool
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        """What there is to read."""
-        return [x for x in (self.over_batch, self.of_all, self.gram) if x is not None]
-
-    def shares(self, over_batch: float, of_all: float, gram: float = math.nan) -> tuple[float, float]:
-        """Return, from what was read, the share of the std that is due to the input, and the spread; both 0 to 1.
+    def shares(self, within: float, between: float, gram: float = math.nan) -> tuple[float, float]:
+        """Return, from what `looks` sees, the share of the std that is due to the input, and the spread; both 0 to 1.
 
         The spread is 1 - 1 / the participation ratio of the directions in which samples differ, (Σλ)² / Σλ² of the
         eigenvalues of their covariance: 0 on one line, 1 if each sample has a direction of its own.
         """
+        n, places = self.sample.shape
+        trace = within**2
+        over_batch, of_all = trace / (n - 1) / places, (trace + n * places * between) / (n * places - 1)
         if not 0 < of_all < math.inf:
             return math.nan, math.nan
-        n, places = self.size
-        trace = over_batch * places * (n - 1)
         spread = (1 - min(gram / trace, 1.0) ** 2) * (n - 1) / (n - 2) if gram >= 0 < trace else math.nan
         return min(math.sqrt(over_batch / of_all), 1.0), spread
 
 
 def signal(x: Tensor, with_spread: bool = True) -> Signal | None:
-    """Look at the same places, evenly spread, of samples of the batch: a few operations, and no wait.
-
-    A batch of one has no signal.
-    """
+    """Take a sample of an output: one operation. A batch of one has no signal."""
     if not x.dim() or len(x) < 2 or not x.numel():
         return None
-    sample = _some_places(x).to(torch.float32 if x.device.type == "mps" else torch.float64)
-    variance, mean = torch.var_mean(sample, 0)
-    gram = None
-    if with_spread and len(sample) >= _FEWEST and sample.shape[1] > 1:
-        centred = sample - mean
-        gram = torch.linalg.vector_norm(centred @ centred.T)
-    return Signal(variance.mean(), sample.var(), gram, sample.shape)
+    sample = _some_places(x).clone(memory_format=torch.contiguous_format)
+    return Signal(sample, with_spread and len(sample) >= _FEWEST and sample.shape[1] > 1)
+
+
+def looks(signals: Sequence[Signal]) -> list[tuple[list[int], Tensor]]:
+    """Look at samples, those of one shape together: so many operations for some dozens of layers as for one.
+
+    Return which they are, and what is seen of each: the norm of the samples, seen from their mean; the variance of
+    their mean between places; and the norm of their Gram matrix.
+    """
+    alike: dict[Any, list[int]] = {}
+    for i, s in enumerate(signals):
+        alike.setdefault((s.sample.shape, s.sample.dtype, s.sample.device, s.with_spread), []).append(i)
+    chunks = [which[i : i + _AT_ONCE] for which in alike.values() for i in range(0, len(which), _AT_ONCE)]
+    return [(which, _look([signals[i].sample for i in which], signals[which[0]].with_spread)) for which in chunks]
+
+
+def _look(samples: Sequence[Tensor], with_spread: bool) -> Tensor:
+    x = torch.stack([*samples])
+    x = x.to(sum_dtype(x))
+    mean = x.mean(1, keepdim=True)
+    centred = x - mean
+    seen = [torch.linalg.vector_norm(centred, dim=(1, 2)), mean.var((1, 2), correction=0)]
+    if with_spread:
+        seen.append(torch.linalg.vector_norm(centred @ centred.mT, dim=(1, 2)))
+    return torch.stack(seen, 1)
 
 
 def _some_places(x: Tensor) -> Tensor:
@@ -91,3 +104,8 @@ def distance(n: int, wanted: float) -> int:
     while math.gcd(below, n) > 1:
         below -= 1
     return below if wanted <= 4 * below else above
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """Return the type in which sums over a tensor of any scale are exact enough."""
+    return torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from statistics import fmean
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastai_lsuv.core.signal import Signal, signal
+from fastai_lsuv.core.signal import Signal, looks, signal, sum_dtype
 
 # `std_mean` costs twenty times as much on the CPU as a sum and a norm over short rows, which the
 # vector units do at memory speed. Rows also bound the rounding error: the squares of each are added in the tensor's
@@ -84,10 +84,12 @@ def moments(x: Tensor, channel_dim: int | None = None, careful: bool = False) ->
     x = x.detach() if x.requires_grad else x
     if type(x) is not Tensor:
         x = x.as_subclass(Tensor)
-    if x.dtype in (torch.float16, torch.bfloat16):
-        x = x.float()
     n_channels = 1 if channel_dim is None else x.shape[channel_dim]
     careful |= x.numel() < 2 * n_channels  # of a single value PyTorch's own say no more than a warning
+    is_half = x.dtype.itemsize < torch.float32.itemsize
+    if is_half and not careful and channel_dim is None and not at_hand(x):
+        return _of_half(x)
+    x = x.float() if is_half else x
     if channel_dim is not None:
         return _by_channel(x, channel_dim, careful or at_hand(x))
     if at_hand(x):
@@ -125,18 +127,23 @@ def on_host(tensors: Sequence[Tensor]) -> list[tuple[float, ...]]:
 
 def fetched(seen: Sequence[Moments]) -> list[Measured]:
     """Return moments as numbers, in one go."""
-    home = iter(on_host([x for m in seen for x in _tensors(m)]))
-    return [Measured(m.n, next(home), next(home), *_shares(m.signals, home)) for m in seen]
+    signals = [signal for m in seen for signal in m.signals]
+    looked = looks(signals)
+    home = on_host([*(x for m in seen for x in (m.mean, m.std)), *(numbers for _, numbers in looked)])
+    shares: dict[int, tuple[float, float]] = {}
+    for (which, numbers), values in zip(looked, home[2 * len(seen) :], strict=True):
+        rows = zip(*[iter(values)] * numbers.shape[1], strict=True)
+        shares |= {i: signals[i].shares(*row) for i, row in zip(which, rows, strict=True)}
+    in_order = iter(shares[i] for i in range(len(signals)))
+    return [
+        Measured(m.n, mean, std, *_mean_over_calls([*islice(in_order, len(m.signals))]))
+        for m, mean, std in zip(seen, home[::2], home[1::2], strict=False)
+    ]
 
 
-def _tensors(m: Moments) -> list[Tensor]:
-    return [m.mean, m.std, *(x for signal in m.signals for x in signal.tensors)]
-
-
-def _shares(signals: Sequence[Signal], home: Iterator[tuple[float, ...]]) -> tuple[float, float]:
-    """Signal and spread, in the mean over the calls of a layer."""
-    calls = [signal.shares(*(value for (value,) in islice(home, len(signal.tensors)))) for signal in signals]
-    return (fmean(s for s, _ in calls), fmean(s for _, s in calls)) if calls else (math.nan, math.nan)
+def _mean_over_calls(shares: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Signal and spread of a layer."""
+    return (fmean(s for s, _ in shares), fmean(s for _, s in shares)) if shares else (math.nan, math.nan)
 
 
 def at_least_single(dtype: torch.dtype) -> torch.dtype:
@@ -187,13 +194,21 @@ def _once(x: Tensor) -> Moments:
     return Moments(x.numel(), mean, std)
 
 
+def _of_half(x: Tensor) -> Moments:
+    """Sums in single precision of values in half: read in place, where `std_mean` would give no more than half back."""
+    n = x.numel()
+    mean = x.sum(dtype=torch.float32) / n
+    squares = torch.linalg.vector_norm(x, dtype=torch.float32).square()
+    return Moments(n, mean, _std((squares - n * mean.square()).clamp(min=0), n))
+
+
 def _twice(x: Tensor) -> Moments:
     """The mean, and then the values less the mean, without waiting for the device."""
-    n, accumulator = x.numel(), _accumulator(x)
-    mean = x.sum(dtype=accumulator) / max(n, 1)
+    n, dtype = x.numel(), sum_dtype(x)
+    mean = x.sum(dtype=dtype) / max(n, 1)
     centred = x - mean.to(x.dtype)
-    rest = centred.sum(dtype=accumulator) / max(n, 1)  # what the rounding of the mean left over
-    squares = torch.linalg.vector_norm(centred, dtype=accumulator).square()
+    rest = centred.sum(dtype=dtype) / max(n, 1)  # what the rounding of the mean left over
+    squares = torch.linalg.vector_norm(centred, dtype=dtype).square()
     return Moments(n, mean.to(x.dtype).to(mean.dtype) + rest, _std((squares - n * rest**2).clamp(min=0), n))
 
 
@@ -202,14 +217,10 @@ def _by_channel(x: Tensor, channel_dim: int, careful: bool) -> Moments:
     if not careful:
         std, mean = torch.std_mean(x, [d for d in range(x.dim()) if d != channel_dim])
         return Moments(n, mean, std)
-    rows = x.movedim(channel_dim, 0).reshape(x.shape[channel_dim], -1).to(_accumulator(x))
+    rows = x.movedim(channel_dim, 0).reshape(x.shape[channel_dim], -1).to(sum_dtype(x))
     mean = rows.sum(1) / max(n, 1)
     return Moments(n, mean, _std((rows - mean[:, None]).square().sum(1), n))
 
 
 def _std(m2: Tensor, n: int) -> Tensor:
     return (m2 / (n - 1)).sqrt() if n > 1 else torch.full_like(m2, math.nan)
-
-
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64

@@ -11,7 +11,7 @@ from torch import nn
 from zoo import ARCHITECTURES, architecture
 
 from fastai_lsuv import lsuv_
-from fastai_lsuv.core.signal import signal
+from fastai_lsuv.core.signal import looks, signal
 from fastai_lsuv.demo import digits_dls, plain_cnn
 
 ENOUGH = 0.02
@@ -19,7 +19,10 @@ ENOUGH = 0.02
 
 def shares(x):
     found = signal(x)
-    return (math.nan, math.nan) if found is None else found.shares(*(t.item() for t in found.tensors))
+    if found is None:
+        return math.nan, math.nan
+    ((_, numbers),) = looks([found])
+    return found.shares(*numbers[0].tolist())
 
 
 def share(x):
