@@ -12,6 +12,7 @@ import fastai_lsuv
 PACKAGE = Path(fastai_lsuv.__file__).parent
 ORDER = [
     "core.errors",
+    "core.bulk",
     "core.signal",
     "core.statistics",
     "core.random_state",

@@ -100,8 +100,6 @@ class _Copier:
             new = self._keep(o, [])
             new.extend(self.copy(part) for part in o)
             return new
-        if kind is set:
-            return {self.copy(part) for part in o}
         if kind is tuple:
             return tuple(self.copy(part) for part in o)
         if isinstance(o, nn.Module):

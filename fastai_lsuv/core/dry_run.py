@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fastai_lsuv.core.affine import get_bias, set_bias
+from fastai_lsuv.core.bulk import on_host
 from fastai_lsuv.core.copies import Memo, copied
 from fastai_lsuv.core.errors import CannotRun, name_module_at_work
 from fastai_lsuv.core.mode import as_in_training, prepend, set_mode, take_down, take_down_backward_hooks
 from fastai_lsuv.core.modules import is_scripted, named_modules, open_modules, plain
 from fastai_lsuv.core.random_state import RandomState, kept_random_state
-from fastai_lsuv.core.statistics import on_host
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a forward
 Before = Callable[[nn.Module, Call], None]

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from fastai_lsuv.core.bulk import on_host
 from fastai_lsuv.core.dry_run import DryRun
 from fastai_lsuv.core.gradient import Gradient
 from fastai_lsuv.core.layers import Layer
 from fastai_lsuv.core.reasons import Skip
-from fastai_lsuv.core.statistics import Measured, on_host
+from fastai_lsuv.core.statistics import Measured
 from fastai_lsuv.core.verdict import Evidence, Trainability
 
 DEAD = 1e-6  # std of an output beside the largest of any layer's: nothing comes through, whatever it shows

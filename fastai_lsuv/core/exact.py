@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastai_lsuv.core import statistics
 from fastai_lsuv.core.affine import AffineParameters, is_known_affine
+from fastai_lsuv.core.bulk import alike, on_host, sum_dtype
 from fastai_lsuv.core.layers import Layer
-from fastai_lsuv.core.signal import sum_dtype
-from fastai_lsuv.core.statistics import Measured, Moments, at_least_single, fetched, on_host
+from fastai_lsuv.core.statistics import Measured, Moments, at_least_single, fetched
 from fastai_lsuv.core.target import EXACT
 
 _LARGE = 1e30  # no weight that is scaled to a signal of ordinary size is beyond
@@ -78,16 +77,14 @@ def exact_step(layer: Layer, y: Tensor, seen: Moments, bias_var: Tensor | None =
 
 def variances_of_biases(layers: Sequence[Layer]) -> dict[Layer, Tensor]:
     """Return the variance of what the bias alone puts out, as an output is to which no input comes through."""
-    alike: dict[Any, list[tuple[Layer, Tensor]]] = {}
-    for layer in layers:
-        if layer.affine is not None and layer.affine.bias is not None:
-            bias = layer.affine.bias.detach().reshape(-1)
-            alike.setdefault((bias.shape, bias.dtype, bias.device), []).append((layer, bias))
+    biased = [(layer, layer.affine.bias) for layer in layers if layer.affine and layer.affine.bias is not None]
     found: dict[Layer, Tensor] = {}
-    for group in alike.values():
-        biases = torch.stack([bias for _, bias in group])
-        variances = biases.to(sum_dtype(biases)).var(1, correction=0)
-        found |= {layer: var * layer.affine.gain**2 for (layer, _), var in zip(group, variances, strict=True)}  # type: ignore[union-attr]
+    for which in alike([bias for _, bias in biased]):
+        biases = torch.stack([biased[i][1].detach() for i in which]).flatten(1)
+        variances = biases.to(sum_dtype(biases)).var(1, correction=0).unbind()
+        for i, var in zip(which, variances, strict=True):
+            layer, gain = biased[i][0], biased[i][0].affine.gain  # type: ignore[union-attr]
+            found[layer] = var if gain == 1 else var * gain**2
     return found
 
 

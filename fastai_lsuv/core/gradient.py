@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map
 
+from fastai_lsuv.core.bulk import on_host, sum_dtype
 from fastai_lsuv.core.copies import tensors_in
 from fastai_lsuv.core.dry_run import Call, DryRun
 from fastai_lsuv.core.probe import first_tensor
-from fastai_lsuv.core.signal import sum_dtype
-from fastai_lsuv.core.statistics import on_host
 
 SAMPLES = 16  # of the batch: the limits of the verdict are orders of magnitude, which these show
 
@@ -42,7 +41,7 @@ def gradients(dry_run: DryRun, modules: Sequence[nn.Module]) -> dict[nn.Module, 
         y = first_tensor(output)
         if y is not None and y.requires_grad and y.numel():
             if module in watched:
-                calls.append((module, get_gradient_edge(y), *_norms([y]), y.numel()))  # it may be changed in place
+                calls.append((module, get_gradient_edge(y), _norms([y])[0], y.numel()))  # it may be changed in place
             if module is dry_run.model:
                 outputs.append(y)
 

@@ -124,5 +124,3 @@ def _discover(
         if "grad" not in str(error):
             raise
     return Discovery(DryRun(model, call, as_it_stands, with_grad=True, on_layer=on_layer), options)
-
-

@@ -8,7 +8,7 @@ centred as ever, with a note: that layer would take any mean up into its own bia
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 
@@ -16,21 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from fastai_lsuv.core.affine import is_known_affine
+from fastai_lsuv.core.bulk import alike, on_host
 from fastai_lsuv.core.dry_run import DryRun
 from fastai_lsuv.core.layers import Layer
 from fastai_lsuv.core.modules import is_scripted
 from fastai_lsuv.core.reasons import Note
-from fastai_lsuv.core.statistics import on_host
 
 
 def find_priors(dry_run: DryRun) -> dict[nn.Module, float]:
     """Return the layers of known types whose bias was set on purpose, and the value."""
     layers = [m for m in dry_run.names if not is_scripted(m) and is_known_affine(m)]
     biased = [(m, b) for m in layers if (b := m._parameters["bias"]) is not None and _has_value(b)]
-    with torch.no_grad():
-        values = on_host([end for _, bias in biased for end in torch.aminmax(bias)])
     found = {}
-    for (m, bias), (low,), (high,) in zip(biased, values[::2], values[1::2], strict=True):
+    for (m, bias), (low, high) in zip(biased, _ends([b for _, b in biased]), strict=True):
         n_inputs = m.weight.numel() // bias.numel()  # type: ignore[operator]
         drawn = 1 / math.sqrt(max(n_inputs, 1)) if bias.numel() == 1 else 0.0  # the largest that PyTorch draws
         if low == high and abs(low) > 1.01 * drawn:
@@ -52,6 +50,18 @@ def keep_priors(layers: Iterable[Layer], priors: Mapping[nn.Module, float], head
             layer.note(Note.PRIOR)
         elif layer.target.mean is not None:
             layer.note(Note.BIAS_MOVED)
+
+
+def _ends(biases: Sequence[Tensor]) -> list[tuple[float, float]]:
+    """The least and the largest value of each."""
+    groups, found = alike(biases), dict[int, tuple[float, float]]()
+    with torch.no_grad():
+        home = iter(
+            on_host([end for which in groups for end in torch.stack([biases[i] for i in which]).aminmax(dim=1)])
+        )
+    for which in groups:
+        found |= zip(which, zip(next(home), next(home), strict=True), strict=True)
+    return [found[i] for i in range(len(biases))]
 
 
 def _has_value(bias: Tensor) -> bool:

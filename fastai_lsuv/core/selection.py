@@ -17,6 +17,7 @@ Choice: TypeAlias = (
     | Callable[[nn.Module], Iterable[nn.Module]] | None
 )  # fmt: skip
 
+
 def chosen(model: nn.Module, choice: Choice, option: str = "modules") -> list[nn.Module]:
     """Modules of `model` that `choice` (any form that `lsuv_` takes, not None) means.
 

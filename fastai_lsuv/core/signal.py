@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastai_lsuv.core.bulk import alike, sum_dtype
 
 # Share of the std that is due to the input, below which a network doesn't train well: by experiment (`nbs/study.py`).
 SIGNAL_LOST = 0.1
@@ -61,20 +62,18 @@ def looks(signals: Sequence[Signal]) -> list[tuple[list[int], Tensor]]:
     Return which they are, and what is seen of each: the norm of the samples, seen from their mean; the variance of
     their mean between places; and the norm of their Gram matrix.
     """
-    alike: dict[Any, list[int]] = {}
-    for i, s in enumerate(signals):
-        alike.setdefault((s.sample.shape, s.sample.dtype, s.sample.device, s.with_spread), []).append(i)
-    chunks = [which[i : i + _AT_ONCE] for which in alike.values() for i in range(0, len(which), _AT_ONCE)]
-    return [(which, _look([signals[i].sample for i in which], signals[which[0]].with_spread)) for which in chunks]
+    of_shape = alike([s.sample for s in signals])
+    chunks = [which[i : i + _AT_ONCE] for which in of_shape for i in range(0, len(which), _AT_ONCE)]
+    return [(which, _look([signals[i] for i in which])) for which in chunks]
 
 
-def _look(samples: Sequence[Tensor], with_spread: bool) -> Tensor:
-    x = torch.stack([*samples])
+def _look(signals: Sequence[Signal]) -> Tensor:
+    x = torch.stack([s.sample for s in signals])
     x = x.to(sum_dtype(x))
     mean = x.mean(1, keepdim=True)
     centred = x - mean
     seen = [torch.linalg.vector_norm(centred, dim=(1, 2)), mean.var((1, 2), correction=0)]
-    if with_spread:
+    if any(s.with_spread for s in signals):
         seen.append(torch.linalg.vector_norm(centred @ centred.mT, dim=(1, 2)))
     return torch.stack(seen, 1)
 
@@ -104,8 +103,3 @@ def distance(n: int, wanted: float) -> int:
     while math.gcd(below, n) > 1:
         below -= 1
     return below if wanted <= 4 * below else above
-
-
-def sum_dtype(x: Tensor) -> torch.dtype:
-    """Return the type in which sums over a tensor of any scale are exact enough."""
-    return torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastai_lsuv.core.signal import Signal, looks, signal, sum_dtype
+from fastai_lsuv.core.bulk import on_host, sum_dtype
+from fastai_lsuv.core.signal import Signal, looks, signal
 
 # `std_mean` costs twenty times as much on the CPU as a sum and a norm over short rows, which the
 # vector units do at memory speed. Rows also bound the rounding error: the squares of each are added in the tensor's
@@ -107,22 +107,6 @@ def with_signal(x: Tensor, channel_dim: int | None, careful: bool, with_spread: 
 def at_hand(x: Tensor) -> bool:
     """Whether a value of it can be read at no cost. To read one from an accelerator is to wait for all it has to do."""
     return x.device.type == "cpu"
-
-
-def on_host(tensors: Sequence[Tensor]) -> list[tuple[float, ...]]:
-    """Return the values of tensors: one wait for each device, whatever their number."""
-    alike: dict[Any, list[int]] = {}
-    for i, t in enumerate(tensors):
-        alike.setdefault((t.device, t.dtype, t.dim() == 0), []).append(i)
-    home: dict[int, tuple[float, ...]] = {}
-    for (_, _, scalars), places in alike.items():
-        if scalars:
-            values = torch.stack([tensors[i] for i in places]).tolist()
-            home |= {i: (value,) for i, value in zip(places, values, strict=True)}
-        else:
-            rest = iter(torch.cat([tensors[i].reshape(-1) for i in places]).tolist())
-            home |= {i: tuple(islice(rest, tensors[i].numel())) for i in places}
-    return [home[i] for i in range(len(tensors))]
 
 
 def fetched(seen: Sequence[Moments]) -> list[Measured]:
