@@ -13,7 +13,7 @@ from fastai_lsuv.core.discovery import Discovery
 from fastai_lsuv.core.dry_run import DryRun
 from fastai_lsuv.core.errors import add_to_message
 from fastai_lsuv.core.evidence import trainability
-from fastai_lsuv.core.gradient import gradients
+from fastai_lsuv.core.gradient import Backprop
 from fastai_lsuv.core.layers import Layer
 from fastai_lsuv.core.options import Options
 from fastai_lsuv.core.reasons import Note, Skip
@@ -40,20 +40,21 @@ class Attempt:
 def attempt(discovery: Discovery, options: Options) -> Attempt:
     """Correct the layers that have been found, as far as it is asked for, and judge what has come of it."""
     dry_run, layers = discovery.dry_run, discovery.layers
+    backprop = Backprop(dry_run, is_due=not options.only_measures)
     if options.only_measures:
         for layer in layers:
             layer.after = layer.before
     else:
         if options.residual:
             _bound_branches(layers, discovery.branch_ends)
-        _correct(dry_run, discovery, options)
-    found = gradients(dry_run, [layer.module for layer in layers if layer.after])
+        _correct(dry_run, discovery, options, backprop)
+    found = backprop.gradients([layer.module for layer in layers if layer.after])
     for layer in layers:
         layer.grad = found[layer.module].elasticity if layer.module in found else math.nan
     return Attempt(options, layers, trainability(dry_run, layers, found))
 
 
-def _correct(dry_run: DryRun, discovery: Discovery, options: Options) -> None:
+def _correct(dry_run: DryRun, discovery: Discovery, options: Options, backprop: Backprop) -> None:
     """Make correcting passes until nothing more is to be done, and measure the result in a clean one.
 
     It ends: shared layers are turned `max_iter` times at most, a layer is examined, put back or taken for a block once,
@@ -65,19 +66,22 @@ def _correct(dry_run: DryRun, discovery: Discovery, options: Options) -> None:
             layer.skipped = None  # it may get more values than in the untouched network, as a detector's heads do
         _reinitialise(layer, options, dry_run)
     correction = Correction(dry_run, layers, options)
-    while correction.make_pass() or _look(correction, discovery, options, is_last=n_looks == options.max_iter):
+    while correction.make_pass() or _look(correction, discovery, backprop, is_last=n_looks == options.max_iter):
         n_looks += 1
 
 
-def _look(correction: Correction, discovery: Discovery, options: Options, is_last: bool) -> bool:
+def _look(correction: Correction, discovery: Discovery, backprop: Backprop, is_last: bool) -> bool:
     """Measure what has been reached, and return whether another pass is needed."""
-    woken, asleep = discovery.look_again()
+    options = correction.options
+    woken, asleep = discovery.look_again(backprop)
     correction.leave(dict.fromkeys(asleep, Skip.NEVER_CALLED))
     for layer in () if is_last else woken:
         _reinitialise(layer, options, correction.dry_run)
         correction.take_up(layer)
     has_more = correction.has_more_to_do([layer for layer in discovery.layers if may_get_better(layer, options)])
-    return has_more or (bool(woken) and not is_last)
+    if has_more := has_more or (bool(woken) and not is_last):
+        backprop.begin()
+    return has_more
 
 
 def _bound_branches(layers: list[Layer], ends: list[nn.Module]) -> None:

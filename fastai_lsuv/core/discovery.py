@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -18,7 +19,8 @@ from fastai_lsuv.core.affine import (
     known_parameters,
 )
 from fastai_lsuv.core.branches import branch_ends
-from fastai_lsuv.core.dry_run import DryRun
+from fastai_lsuv.core.dry_run import After, DryRun
+from fastai_lsuv.core.gradient import Backprop
 from fastai_lsuv.core.layers import Layer, mark_frozen, mark_starved, mark_tied
 from fastai_lsuv.core.modules import has_parameters, is_scripted, named_modules
 from fastai_lsuv.core.options import Options
@@ -56,8 +58,7 @@ class Discovery:
     def again(self, options: Options) -> Discovery:
         """Return the same before anything was corrected, to try another way; what it finds belongs to it alone."""
         new = copy.copy(self)
-        new.options, new.watch = options, copy.copy(self.watch)
-        new.watch.seen, new.watch.order = dict(self.watch.seen), [*self.watch.order]
+        new.options, new.watch = options, self.watch.fork()
         new.layers = [
             replace(x, notes=[*x.notes], left=[*x.left], target=replace(x.target, std=options.std)) for x in self.layers
         ]
@@ -86,29 +87,50 @@ class Discovery:
         watch.run(m for m in self.dry_run.names if not is_scripted(m) and (m in watch.wanted or has_parameters(m)))
         return watch
 
-    def look(self, layers: Iterable[Layer], when: str, also: Iterable[nn.Module] = ()) -> None:
+    def look(
+        self, layers: Iterable[Layer], when: str, also: Iterable[nn.Module] = (), backprop: Backprop | None = None
+    ) -> None:
         """Measure what layers put out in a clean pass, `before` or `after`, and watch others for a call."""
         by_module = {layer.module: layer for layer in layers}
         measured: dict[nn.Module, Moments] = {}
 
         def see(module: nn.Module, call: Any, output: Any) -> None:
+            if backprop is not None:
+                backprop.see(module, call, output)
             if (y := first_tensor(output)) is not None:
                 layer = by_module[module]
                 channels = layer.channel_dim(y) if self.options.per_channel else None
                 now = with_signal(y, channels, layer.careful, with_spread=when == "after")
                 measured[module] = measured[module].merge(now) if module in measured else now
 
+        after: dict[nn.Module, After] = dict.fromkeys(by_module, see)
+        if backprop is not None:
+            after.setdefault(self.dry_run.model, backprop.see)
         if by_module or also or when == "after":
-            self.watch.run(also, dict.fromkeys(by_module, see))
+            self.watch.run(also, after, with_grad=backprop is not None)
         seen = dict(zip(measured, fetched([*measured.values()]), strict=True))
         for module, layer in by_module.items():
             setattr(layer, when, seen.get(module))
 
-    def look_again(self) -> tuple[list[Layer], list[Layer]]:
+    def _look_with_grad(self, layers: Sequence[Layer], also: Sequence[nn.Module], backprop: Backprop) -> bool:
+        """Measure as ever, and have a gradient come through; return whether that can be done."""
+        backprop.begin()
+        known, self.watch = self.watch, self.watch.fork()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # whatever is to be said of gradients, training will say
+                self.look(layers, "after", also, backprop)
+        except Exception:
+            backprop.is_due, self.watch = False, known
+        return backprop.is_due
+
+    def look_again(self, backprop: Backprop) -> tuple[list[Layer], list[Layer]]:
         """Measure the corrected network; return layers that run only now, and those that run no longer."""
         known = [x for x in self.layers if x.module in self.watch.seen]
         unseen = self._unseen()
-        self.look([x for x in known if self.watch.seen[x.module].measured is not None], "after", unseen)
+        measured = [x for x in known if self.watch.seen[x.module].measured is not None]
+        if not (backprop.is_due and self._look_with_grad(measured, unseen, backprop)):
+            self.look(measured, "after", unseen)
         new = {layer.module: layer for layer in self._called(m for m in unseen if m in self.watch.seen)}
         for layer in new.values():
             layer.before, layer.after = None, layer.before

@@ -68,7 +68,7 @@ class DryRun:
     ) -> None:
         """Run a fresh copy of the model; `before` and `after` are called with the modules of the model itself.
 
-        On the whole batch, or a part of it, which doesn't count as a pass.
+        On the whole batch, or a part of it.
         """
         copy, before = self._fresh_copy(), before or {}
         self._random.restore()
@@ -79,6 +79,7 @@ class DryRun:
                 _Watched(self._copies[module], module, before.get(module), after.get(module), self._on_layer)
             args, kwargs = copied(part(self.call) if part else self.call)
             guard = register_module_forward_pre_hook(self._refuse_original)
+            self.n_forward += 1
             try:
                 copy(*args, **kwargs)
             except BaseException as error:
@@ -90,8 +91,7 @@ class DryRun:
                 for module in {**before, **after}:  # a cycle would keep it alive until the next garbage collection
                     del vars(self._copies[module])["forward"]
                 self._copies = {}
-        self.n_forward += part is None
-        if not with_grad:  # the last
+        if not with_grad:  # most likely the last
             self._next = self._copy_of_model()  # while a device is still at work
 
     def _refuse_original(self, module: nn.Module, args: tuple[Any, ...]) -> None:

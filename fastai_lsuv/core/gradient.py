@@ -1,4 +1,4 @@
-"""How a gradient travels back through a network: by one backward pass on a part of the batch."""
+"""How a gradient travels back through a network: by one backward pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from fastai_lsuv.core.copies import tensors_in
 from fastai_lsuv.core.dry_run import Call, DryRun
 from fastai_lsuv.core.probe import first_tensor
 
-SAMPLES = 16  # of the batch: the limits of the verdict are orders of magnitude, which these show
+WHOLE = 64  # samples: of a batch of no more the gradient comes from the pass that measures the result
+SAMPLES = 8  # of a larger one, in a pass of their own: the limits of the verdict are orders of magnitude
 
 
 class Gradient(NamedTuple):
@@ -27,49 +28,70 @@ class Gradient(NamedTuple):
     growth: float  # the elasticity beside that in a linear network of random weights, √(values of y / values of out)
 
 
-def gradients(dry_run: DryRun, modules: Sequence[nn.Module]) -> dict[nn.Module, Gradient]:
-    """Return how strongly the network's output depends on the output of each module, both relative to their size.
+class Backprop:
+    """Notes in a pass where gradients come through, and sends one back."""
 
-    The elasticity has no unit, so that layers of any scale compare; beside that of a linear network, so do layers of
-    any shape. Of several calls the strongest counts. Modules through which no gradient can come are left out, and all
-    of them if the model can't be differentiated.
-    """
-    calls: list[tuple[nn.Module, GradientEdge, Tensor, int]] = []
-    outputs: list[Tensor] = []
+    def __init__(self, dry_run: DryRun, is_due: bool) -> None:
+        """`is_due`: a pass that measures the result will be made anyway."""
+        self.dry_run = dry_run
+        self.is_due = is_due and _n_samples(dry_run.call) <= WHOLE
+        self.begin()
 
-    def see(module: nn.Module, call: Call, output: Any) -> None:
+    def begin(self) -> None:
+        """Forget the pass before, and free what it has kept."""
+        self.calls: list[tuple[nn.Module, GradientEdge, Tensor, int]] = []
+        self.outputs: list[Tensor] = []
+
+    def see(self, module: nn.Module, call: Call, output: Any) -> None:
+        """Note a call of a layer, or of the whole model."""
         y = first_tensor(output)
         if y is not None and y.requires_grad and y.numel():
-            if module in watched:
-                calls.append((module, get_gradient_edge(y), _norms([y])[0], y.numel()))  # it may be changed in place
-            if module is dry_run.model:
-                outputs.append(y)
+            self.calls.append((module, get_gradient_edge(y), _norms([y])[0], y.numel()))  # it may be changed in place
+            if module is self.dry_run.model:
+                self.outputs.append(y)
 
-    watched = set(modules)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # whatever is to be said of gradients, training will say
-            dry_run.forward(dict.fromkeys([*modules, dry_run.model], see), part=first_samples, with_grad=True)
-            (out,) = outputs
-            v = torch.randn_like(out)
-            came_back = torch.autograd.grad(out, [edge for _, edge, _, _ in calls], v, allow_unused=True)
-    except Exception:  # whatever a model's own backward may raise: that is no matter of its initialisation
-        return {}
-    reached = [(call, g) for call, g in zip(calls, came_back, strict=True) if g is not None]
-    norms = on_host([*_norms([v, out, *(g for _, g in reached)]), *(size for (_, _, size, _), _ in reached)])
-    (of_v,), (of_out,), *rest = norms
-    strongest: dict[nn.Module, Gradient] = {}
-    for ((m, _, _, n), _), (of_g,), (size,) in zip(reached, rest[: len(reached)], rest[len(reached) :], strict=True):
-        whole = of_v * of_out
-        elasticity = of_g * size / whole if whole else math.nan
-        gradient = Gradient(elasticity, elasticity / math.sqrt(n / out.numel()))
-        strongest[m] = max(strongest.get(m, gradient), gradient)
-    return strongest
+    def gradients(self, modules: Sequence[nn.Module]) -> dict[nn.Module, Gradient]:
+        """Return how strongly the network's output depends on the output of each module, both relative to their size.
+
+        The elasticity has no unit, so that layers of any scale compare; beside that of a linear network, so do layers
+        of any shape. Of several calls the strongest counts. Modules through which no gradient can come are left out,
+        and all of them if the model can't be differentiated.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # whatever is to be said of gradients, training will say
+                if not self.is_due:
+                    see = dict.fromkeys([*modules, self.dry_run.model], self.see)
+                    self.dry_run.forward(see, part=first_samples, with_grad=True)
+                return self._backward([call for call in self.calls if call[0] in set(modules)])
+        except Exception:  # whatever a model's own backward may raise: that is no matter of its initialisation
+            return {}
+        finally:
+            self.begin()
+
+    def _backward(self, calls: Sequence[tuple[nn.Module, GradientEdge, Tensor, int]]) -> dict[nn.Module, Gradient]:
+        (out,) = self.outputs
+        v = torch.randn_like(out)
+        came_back = torch.autograd.grad(out, [edge for _, edge, _, _ in calls], v, allow_unused=True)
+        reached = [(*call, g) for call, g in zip(calls, came_back, strict=True) if g is not None]
+        of_y = on_host([size for _, _, size, _, _ in reached])
+        (of_v,), (of_out,), *of_g = on_host(_norms([v, out, *(g for *_, g in reached)]))
+        strongest: dict[nn.Module, Gradient] = {}
+        for (module, _, _, n, _), (y,), (g,) in zip(reached, of_y, of_g, strict=True):
+            elasticity = g * y / (of_v * of_out) if of_v * of_out else math.nan
+            gradient = Gradient(elasticity, elasticity / math.sqrt(n / out.numel()))
+            strongest[module] = max(strongest.get(module, gradient), gradient)
+        return strongest
 
 
 def _norms(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Norms in one operation, where a device has one for it."""
     return torch._foreach_norm([t.detach() for t in tensors], 2, sum_dtype(tensors[0]))
+
+
+def _n_samples(call: Call) -> int:
+    batch = next(tensors_in(call), None)
+    return len(batch) if batch is not None and batch.dim() else 0
 
 
 def first_samples(call: Call) -> Call:
@@ -78,8 +100,7 @@ def first_samples(call: Call) -> Call:
     Raises:
         ValueError: they are in an object of the user's own.
     """
-    batch = next(tensors_in(call), None)
-    n = len(batch) if batch is not None and batch.dim() else 0
+    n = _n_samples(call)
     if n <= SAMPLES:
         return call
     some: Call = tree_map(lambda o: o[:SAMPLES] if isinstance(o, Tensor) and o.dim() and len(o) == n else o, call)

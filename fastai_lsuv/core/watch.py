@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
@@ -66,14 +67,22 @@ class Watch:
         self.known: dict[Any, tuple[list[Tensor], AffineParameters | None]] = {}
         self.last_output: Tensor | None = None  # a module that hands on what one inside it put out is no layer itself
 
-    def run(self, modules: Iterable[nn.Module], after: Mapping[nn.Module, After] | None = None) -> None:
+    def fork(self) -> Watch:
+        """Return one that knows the same, and learns by itself."""
+        new = copy.copy(self)
+        new.seen, new.order = dict(self.seen), [*self.order]
+        return new
+
+    def run(
+        self, modules: Iterable[nn.Module], after: Mapping[nn.Module, After] | None = None, with_grad: bool = False
+    ) -> None:
         """Make a pass, look at these, and have others looked at."""
         watched = list(modules)
         before: dict[nn.Module, Before] = {} if self.seen else {self.dry_run.model: self._enter}
         if self.products is not None:
             before |= dict.fromkeys(watched, self._enter)
         with self.products or nullcontext():
-            self.dry_run.forward({**(after or {}), **dict.fromkeys(watched, self.see)}, before)
+            self.dry_run.forward({**(after or {}), **dict.fromkeys(watched, self.see)}, before, with_grad=with_grad)
         self.last_output = None
         new = [self.seen[m] for m in watched if m in self.seen]
         measured = [(seen, seen.moments) for seen in new if seen.moments is not None]
@@ -83,8 +92,8 @@ class Watch:
     def _enter(self, module: nn.Module, call: Call) -> None:
         if module is self.dry_run.model:
             for m in filter(is_known_affine, within_reach(module)):
-                copy = self.dry_run.running(m)
-                copy._parameters = _Noted(copy._parameters, partial(self.read.add, m))
+                running = self.dry_run.running(m)
+                running._parameters = _Noted(running._parameters, partial(self.read.add, m))
         if self.products is not None:
             self.products.enter(module, call)
 
