@@ -101,7 +101,7 @@ class Cost(NamedTuple):
 
 
 # measured by a pass of its own, of a few samples
-without_gradient = partial(patch.object, attempt.Backprop, "gradients", lambda self, modules: {})
+without_gradient = partial(patch.object, attempt.Backprop, "gradients", lambda self, sizes: {})
 
 
 def of_lsuv(model, x, **options):

@@ -48,7 +48,7 @@ def attempt(discovery: Discovery, options: Options) -> Attempt:
         if options.residual:
             _bound_branches(layers, discovery.branch_ends)
         _correct(dry_run, discovery, options, backprop)
-    found = backprop.gradients([layer.module for layer in layers if layer.after])
+    found = backprop.gradients({layer.module: layer.after.rms for layer in layers if layer.after})
     for layer in layers:
         layer.grad = found[layer.module].elasticity if layer.module in found else math.nan
     return Attempt(options, layers, trainability(dry_run, layers, found))

@@ -120,7 +120,9 @@ class Discovery:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # whatever is to be said of gradients, training will say
                 self.look(layers, "after", also, backprop)
-        except Exception:
+        except RuntimeError as error:
+            if "grad" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+                raise
             backprop.is_due, self.watch = False, known
         return backprop.is_due
 

@@ -80,7 +80,7 @@ def variances_of_biases(layers: Sequence[Layer]) -> dict[Layer, Tensor]:
     biased = [(layer, layer.affine.bias) for layer in layers if layer.affine and layer.affine.bias is not None]
     found: dict[Layer, Tensor] = {}
     for which in alike([bias for _, bias in biased]):
-        biases = torch.stack([biased[i][1].detach() for i in which]).flatten(1)
+        biases = torch.stack([biased[i][1].detach() for i in which]).reshape(len(which), -1)
         variances = biases.to(sum_dtype(biases)).var(1, correction=0).unbind()
         for i, var in zip(which, variances, strict=True):
             layer, gain = biased[i][0], biased[i][0].affine.gain  # type: ignore[union-attr]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,19 +39,19 @@ class Backprop:
 
     def begin(self) -> None:
         """Forget the pass before, and free what it has kept."""
-        self.calls: list[tuple[nn.Module, GradientEdge, Tensor, int]] = []
+        self.calls: list[tuple[nn.Module, GradientEdge, int]] = []
         self.outputs: list[Tensor] = []
 
     def see(self, module: nn.Module, call: Call, output: Any) -> None:
         """Note a call of a layer, or of the whole model."""
         y = first_tensor(output)
-        if y is not None and y.requires_grad and y.numel():
-            self.calls.append((module, get_gradient_edge(y), _norms([y])[0], y.numel()))  # it may be changed in place
+        if y is not None and y.grad_fn is not None and y.numel():
+            self.calls.append((module, get_gradient_edge(y), y.numel()))  # it may be changed in place
             if module is self.dry_run.model:
                 self.outputs.append(y)
 
-    def gradients(self, modules: Sequence[nn.Module]) -> dict[nn.Module, Gradient]:
-        """Return how strongly the network's output depends on the output of each module, both relative to their size.
+    def gradients(self, sizes: Mapping[nn.Module, float]) -> dict[nn.Module, Gradient]:
+        """Return how strongly the network's output depends on that of each module: `sizes` has their root mean squares.
 
         The elasticity has no unit, so that layers of any scale compare; beside that of a linear network, so do layers
         of any shape. Of several calls the strongest counts. Modules through which no gradient can come are left out,
@@ -61,32 +61,34 @@ class Backprop:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # whatever is to be said of gradients, training will say
                 if not self.is_due:
-                    see = dict.fromkeys([*modules, self.dry_run.model], self.see)
+                    see = dict.fromkeys([*sizes, self.dry_run.model], self.see)
                     self.dry_run.forward(see, part=first_samples, with_grad=True)
-                return self._backward([call for call in self.calls if call[0] in set(modules)])
+                return self._backward([call for call in self.calls if call[0] in sizes], sizes)
         except Exception:  # whatever a model's own backward may raise: that is no matter of its initialisation
             return {}
         finally:
             self.begin()
 
-    def _backward(self, calls: Sequence[tuple[nn.Module, GradientEdge, Tensor, int]]) -> dict[nn.Module, Gradient]:
+    def _backward(
+        self, calls: Sequence[tuple[nn.Module, GradientEdge, int]], sizes: Mapping[nn.Module, float]
+    ) -> dict[nn.Module, Gradient]:
         (out,) = self.outputs
         v = torch.randn_like(out)
-        came_back = torch.autograd.grad(out, [edge for _, edge, _, _ in calls], v, allow_unused=True)
-        reached = [(*call, g) for call, g in zip(calls, came_back, strict=True) if g is not None]
-        of_y = on_host([size for _, _, size, _, _ in reached])
-        (of_v,), (of_out,), *of_g = on_host(_norms([v, out, *(g for *_, g in reached)]))
+        came_back = torch.autograd.grad(out, [edge for _, edge, _ in calls], v, allow_unused=True)
+        reached = [(module, n, g) for (module, _, n), g in zip(calls, came_back, strict=True) if g is not None]
+        (of_v,), (of_out,), *norms = on_host(_norms([v, out, *(g for *_, g in reached)]))
         strongest: dict[nn.Module, Gradient] = {}
-        for (module, _, _, n, _), (y,), (g,) in zip(reached, of_y, of_g, strict=True):
-            elasticity = g * y / (of_v * of_out) if of_v * of_out else math.nan
+        for (module, n, _), (norm,) in zip(reached, norms, strict=True):
+            of_y = sizes[module] * math.sqrt(n)
+            elasticity = norm * of_y / (of_v * of_out) if of_v * of_out else math.nan
             gradient = Gradient(elasticity, elasticity / math.sqrt(n / out.numel()))
             strongest[module] = max(strongest.get(module, gradient), gradient)
         return strongest
 
 
-def _norms(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Norms in one operation, where a device has one for it."""
-    return torch._foreach_norm([t.detach() for t in tensors], 2, sum_dtype(tensors[0]))
+    return list(torch._foreach_norm([t.detach() for t in tensors], 2, sum_dtype(tensors[0])))
 
 
 def _n_samples(call: Call) -> int:

@@ -69,8 +69,7 @@ def looks(signals: Sequence[Signal]) -> list[tuple[list[int], Tensor]]:
 
 def _look(signals: Sequence[Signal]) -> Tensor:
     x = torch.stack([s.sample for s in signals])
-    x = x.to(sum_dtype(x))
-    mean = x.mean(1, keepdim=True)
+    mean = x.mean(1, keepdim=True, dtype=sum_dtype(x))
     centred = x - mean
     seen = [torch.linalg.vector_norm(centred, dim=(1, 2)), mean.var((1, 2), correction=0)]
     if any(s.with_spread for s in signals):

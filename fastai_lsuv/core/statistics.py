@@ -70,6 +70,12 @@ class Measured:
     spread: float = math.nan  # of the outputs of different inputs over directions: 0 if all lie on one line
 
     @property
+    def rms(self) -> float:
+        """Root mean square."""
+        biased = (self.n - 1) / self.n
+        return math.sqrt(fmean(m * m + s * s * biased for m, s in zip(self.mean, self.std, strict=True)))
+
+    @property
     def is_finite(self) -> bool:
         """Whether all are finite."""
         return all(map(math.isfinite, (*self.mean, *self.std)))

@@ -58,10 +58,10 @@ def passes_on_a_device(monkeypatch):
     monkeypatch.setattr(statistics, "at_hand", lambda x: False)
     forward, n = DryRun.forward, []
 
-    def watched(self, *args):
+    def watched(self, *args, **options):
         n.append(1)
         with Reads(), Fetches():
-            forward(self, *args)
+            forward(self, *args, **options)
 
     monkeypatch.setattr(DryRun, "forward", watched)
     return n
