@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import Any
 
 from fastai.callback.channelslast import ChannelsLast
@@ -18,7 +19,16 @@ from fastai_lsuv.core.modules import open_modules
 from fastai_lsuv.core.options import Options, with_options
 from fastai_lsuv.learner.distributed import group_of
 from fastai_lsuv.learner.first_batch import as_fed, check_batch
-from fastai_lsuv.learner.guards import Decision, decision_on, keep, refusal, settle, what_to_tell
+from fastai_lsuv.learner.guards import (
+    Decision,
+    decision_on,
+    keep,
+    refusal,
+    settle,
+    sign_of_training,
+    what_to_tell,
+    what_was_overwritten,
+)
 from fastai_lsuv.learner.loads import LoadWatch
 from fastai_lsuv.learner.loop import came_through_fit
 from fastai_lsuv.learner.progress import progress_of
@@ -165,7 +175,11 @@ def lsuv_init(
     for cb in self._grab_cbs(LSUVCallback):
         batch, kwargs = cb.batch if batch is None else batch, cb.options | kwargs
     self.model.to(getattr(self.dls, "device", None))  # as every fit and validation does
-    return _initialise(self, batch, kwargs)
+    sign = sign_of_training(self)
+    report = _initialise(self, batch, kwargs)
+    if (line := what_was_overwritten(report, sign)) and group_of(self).rank == 0:
+        warnings.warn(line, stacklevel=3)
+    return report
 
 
 def _initialise(

@@ -35,7 +35,7 @@ class ActivationStatsRecorder(Reading, Callback):
 
     One history over several fits. Of each recorded batch and layer: mean and std of the output, and the share of it
     that is near zero. Nothing in training changes, to the bit. A hook copies a sample of the output (about
-    `fastai_lsuv.recording.sampling.SAMPLE` values, evenly spread: mean and std are within 2 % of the std; all values of
+    `fastai_lsuv.recording.sampling.SAMPLE` values, evenly spread: mean and std are within 2% of the std; all values of
     smaller outputs) and waits for nothing. Of it, shares and histograms count about 4,096 values. What the samples
     show is computed for all layers together, and leaves the device in bulk.
 
@@ -80,7 +80,7 @@ class ActivationStatsRecorder(Reading, Callback):
         modules: Choice = None,  # any modules, as for `lsuv_`; `None`: every leaf but PyTorch's for pooling, …
         exclude: Choice = None,  # the same forms: these, and everything beneath them, are left out
         *,
-        every: int | Literal["auto"] = 1,  # each n-th batch of training (and validation); "auto": at 2 % of the time
+        every: int | Literal["auto"] = 1,  # each n-th batch of training (and validation); "auto": at 2% of the time
         with_hist: bool = False,  # histograms, too: `sampling.HIST_BINS` bins over `HIST_RANGE`
         with_grad: bool = False,  # mean and std of the gradient of each output, loss scaling taken out
         valid: bool = False,  # validation batches, too
@@ -88,7 +88,7 @@ class ActivationStatsRecorder(Reading, Callback):
         max_records: int = 2000,  # kept in memory; when full, every other old one is dropped
         fname: str | Path | None = None,  # CSV file in `learn.path`: written after every epoch, an old one continued
         stop_on: str | Collection[str] | Callable[[pd.DataFrame], Any] = (),  # verdicts that end the fit, or a function
-        live: bool = False,  # in a notebook, draw `plot_stats()` anew while it trains, at 1 % of the time
+        live: bool = False,  # in a notebook, draw `plot_stats()` anew while it trains, at 1% of the time
         verbose: bool = True,  # say at the end of a fit what is wrong, and what could not be recorded
     ) -> None:
         check(modules, every, near_zero, max_records, stop_on)

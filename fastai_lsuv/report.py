@@ -40,7 +40,7 @@ class Row:
     signal_before: float = math.nan  # share of the std that is due to the input, 0 to 1: at 0 all inputs look the same
     signal_after: float = math.nan  # the same of the finished network
     spread_after: float = math.nan  # 1 - 1 / number of directions in which inputs differ: 0 if all lie on one line
-    grad_after: float = math.nan  # elasticity: a change of the output by 1 % changes the network's by so many per cent
+    grad_after: float = math.nan  # elasticity: a change of the output by 1% changes the network's by this many percent
 
     @property
     def notes(self) -> set[str]:
@@ -81,11 +81,11 @@ class LSUVReport(Sequence[Row]):
         rows: Sequence[Row],  # one per layer, in execution order
         n_forward: int,  # passes of the model over the whole batch; those of 16 samples for the gradient aren't counted
         seconds: float,  # wall time of all
-        mean: float | None = 0.0,  # wanted mean
-        std: float | None = 1.0,  # wanted standard deviation
+        mean: float | None = 0.0,  # target mean
+        std: float | None = 1.0,  # target standard deviation
         verdict: str = "healthy",  # whether the network can be trained, by signal and gradient
         remedy: str = "",  # what to do about that
-        init: str = "",  # of `init="auto"`: what was taken, and why
+        init: str = "",  # what `init="auto"` did, and why
     ) -> None:
         self.rows, self.n_forward, self.seconds, self.mean, self.std = tuple(rows), n_forward, seconds, mean, std
         self.verdict, self.remedy, self.init = verdict, remedy, init
@@ -118,7 +118,7 @@ class LSUVReport(Sequence[Row]):
 
     @property
     def converged(self) -> bool:  # False: a row's status is `not_converged`
-        """Whether every layer that wasn't skipped has the wanted mean and std."""
+        """Whether every layer that wasn't skipped is at the target mean and std."""
         return all(row.status != "not_converged" for row in self.rows)
 
     def to_frame(self) -> pd.DataFrame:  # one row per layer, the columns of `Row`

@@ -28,8 +28,8 @@ def lsuv_(
     model: nn.Module,  # changed in place: weights and biases, nothing else
     batch: Any,  # a tensor → `model(x)`, a tuple or list → `model(*xs)`, a mapping → `model(**kw)`
     *,
-    mean: float | None = 0.0,  # wanted mean of each layer's output, where it can be shifted; `None`: nothing is shifted
-    std: float | None = 1.0,  # wanted standard deviation; `None`: nothing is scaled. Both `None`: only measure
+    mean: float | None = 0.0,  # target mean of each layer's output, where it can be shifted; `None`: nothing is shifted
+    std: float | None = 1.0,  # target standard deviation; `None`: nothing is scaled. Both `None`: only measure
     per_channel: bool = False,  # each output channel by itself (Krähenbühl et al. 2016, arXiv:1511.06856)
     modules: Choice = None,  # which layers: `None` = all affine ones; types, names with wildcards, modules, a function
     exclude: Choice = None,  # the same forms, taken away from `modules` with everything beneath them
@@ -38,7 +38,7 @@ def lsuv_(
     max_iter: int = 10,  # steps at most, for the same
     residual: bool = False,  # the last layers of n residual branches get std/√n: their sum doesn't grow with depth
 ) -> LSUVReport:  # one row per layer, in execution order: moments before and after, status, reason
-    """Scale and shift each layer's weights so that its output on `batch` has the wanted mean and standard deviation.
+    """Scale and shift each layer's weights so that its output on `batch` has the target mean and standard deviation.
 
     Layer-sequential unit variance (Mishkin & Matas 2016, arXiv:1511.06422) with the fast.ai course's mean correction,
     exact for all layers at once, in three forward passes whatever the depth (`residual` takes a fourth): the hook that

@@ -69,14 +69,14 @@ def verdicts(layers: Sequence[Facts]) -> list[Verdict]:
     """Return what is wrong with each layer, in order, by the first of these rules that applies to it.
 
     `exploding`: the std is above 1,000, or above 100 times its first value (and 100), or not finite.
-    `dying`: 95 % of the outputs are nothing (within 5 % of the layer's own std), whatever its scale.
+    `dying`: 95% of the outputs are nothing (within 5% of the layer's own std), whatever its scale.
     `dead units`: half of an activation's channels did not fire once in an epoch.
-    `vanishing`: the std is below 0.001, or below 1 % of its first value; or less than a tenth of it is due to the
+    `vanishing`: the std is below 0.001, or below 1% of its first value; or less than a tenth of it is due to the
     input, here and in all later layers. Said of layers with parameters and of PyTorch's activations.
-    `too fast`: a step changes the weights by more than 6 % of their size, of this layer and of most others, in the mean
+    `too fast`: a step changes the weights by more than 6% of their size, of this layer and of most others, in the mean
     over a fit (a few may begin so small that they have to).
-    `not learning`: it changes them by less than 0.003 %. Both are said of matrices and convolutions.
-    `saturated`: 35 % of the outputs are within 5 % of the largest size, as of a tanh or sigmoid driven too hard.
+    `not learning`: it changes them by less than 0.003%. Both are said of matrices and convolutions.
+    `saturated`: 35% of the outputs are within 5% of the largest size, as of a tanh or sigmoid driven too hard.
     `healthy`: none of these.
     """
     found: list[Verdict] = []
