@@ -1,4 +1,4 @@
-"""The one line that tells what `lsuv_` did, and whether the network can be trained."""
+"""The one line that says what `lsuv_` did and whether the network can be trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fastai_lsuv.report import LSUVReport, Row
 
 _MEAN_KEPT = {Note.NO_BIAS.value, Note.ONE_SIGN.value, Note.PRIOR.value}
-_TOLD = {Note.OTHERS.value: "", Note.BIAS_MOVED.value: " (exclude= leaves it)"}  # of layers that are right, too
+_TOLD = {Note.OTHERS.value: "", Note.BIAS_MOVED.value: " (exclude= leaves it)"}  # of layers on target, as well
 
 
 def summary_line(report: LSUVReport) -> str:
@@ -52,7 +52,7 @@ def _numbers(report: LSUVReport) -> list[str]:
     for what, asked, wanted in (("mean", report.mean, report.mean or 0.0), ("std", report.std, report.std or 1.0)):
         excused = _MEAN_KEPT if what == "mean" else {Note.ENDS_BRANCH.value}
         judged = [row for row in done if not excused & row.notes]
-        if not judged or (asked is None and not _only_measured(report)):  # what was left alone isn't right or wrong
+        if not judged or (asked is None and not _only_measured(report)):  # left alone: neither right nor wrong
             continue
         before, after = (_farthest(judged, f"{what}_{when}", wanted) for when in ("before", "after"))
         numbers.append(f"worst {what} {before}" if _only_measured(report) else f"worst {what} {before} → {after}")
