@@ -50,8 +50,8 @@ def plot_report(
         elif quantity == "mean":
             scale_mean(ax, values, center=mean or 0.0, unit=std or 1.0)
         _curves(ax, values)
-    _mark(std_ax, std, "target")
-    _mark(mean_ax, mean, "target")
+    _mark(std_ax, std, "wanted")
+    _mark(mean_ax, mean, "wanted")
     signal_ax.set_ylim(-0.03, 1.03)
     judged = (frame["signal_after"].astype(float) * frame["spread_after"].astype(float)).to_numpy()
     signal_ax.plot(judged, color=SERIES[len(times) - 1][0], linestyle=":", linewidth=1.5, label="× spread")
