@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import Any
 
 from fastai.callback.channelslast import ChannelsLast
@@ -18,7 +19,16 @@ from fastai_lsuv.core.modules import open_modules
 from fastai_lsuv.core.options import Options, with_options
 from fastai_lsuv.learner.distributed import group_of
 from fastai_lsuv.learner.first_batch import as_fed, check_batch
-from fastai_lsuv.learner.guards import Decision, decision_on, keep, refusal, settle, what_to_tell
+from fastai_lsuv.learner.guards import (
+    Decision,
+    decision_on,
+    keep,
+    refusal,
+    settle,
+    sign_of_training,
+    what_to_tell,
+    what_was_overwritten,
+)
 from fastai_lsuv.learner.loads import LoadWatch
 from fastai_lsuv.learner.loop import came_through_fit
 from fastai_lsuv.learner.progress import progress_of
@@ -26,17 +36,17 @@ from fastai_lsuv.report import LSUVReport
 
 
 class LSUVCallback(Callback):
-    """Initialise a fresh network by LSUV before the first step of its first fit: `lsuv_` as a fastai `Callback`.
+    """Initialise a new network with LSUV before the first step of its first fit: `lsuv_` as a fastai `Callback`.
 
-    Runs once per model, and never where weights are not the callback's to change: in `validate`, `get_preds` and
-    the like, in later fits, on networks that have been trained or loaded. The report is then in `report` and in
-    `learn.lsuv_report`.
+    It runs once per model. It never runs in `validate`, `get_preds` and the like, in later fits, or on a network that
+    has been trained or loaded. Afterwards, the report is available as `report` and as `learn.lsuv_report`.
 
-    The method is Mishkin & Matas's (2016, arXiv:1511.06422), with the mean correction of the fast.ai course (2019).
+    The method is that of Mishkin & Matas (2016, arXiv:1511.06422), with the mean correction of the fast.ai course
+    (2019).
 
     Raises:
-        ValueError: an option out of its range. A fit raises what else `lsuv_` does, and the next one tries again.
-        TypeError: an option of a wrong type, or one that `lsuv_` doesn't have.
+        ValueError: an option is out of range. A fit raises whatever else `lsuv_` raises; the next fit then tries again.
+        TypeError: an option has the wrong type, or `lsuv_` has no such option.
 
     Example:
         >>> from fastai.basics import Learner
@@ -50,32 +60,32 @@ class LSUVCallback(Callback):
         'corrected'
     """
 
-    # after ChannelsLast and TrainEvalCallback, which bring the model into the form and onto the device on which it
-    # trains; before anything from 0 up that copies, wraps or saves it (EMA, ParallelTrainer, LRFinder)
+    # After ChannelsLast and TrainEvalCallback, which give the model the memory format and the device that it trains
+    # with; before the callbacks of order 0 and above that copy, wrap or save it (EMA, ParallelTrainer, LRFinder).
     order = ChannelsLast.order / 2
     _learn: Learner | None = None
     _watch: LoadWatch | None = None
-    _decision: Decision | None = None  # not to run
-    _declined = ""  # why the last fit went on without LSUV
+    _decision: Decision | None = None  # the decision not to run
+    _declined = ""  # why the last fit trained without LSUV
 
     @delegates(lsuv_)
     @with_options
     def __init__(
         self,
         *,
-        batch: Any = None,  # a batch as the DataLoaders give it, `(xb, yb)`; `None` takes one from `learn.dls`
+        batch: Any = None,  # one batch as the DataLoaders give it, `(xb, yb)`; `None`: the first of `learn.dls`
         verbose: bool = True,  # print one line that says what was done
         **kwargs: Any,
     ) -> None:
         check_batch(batch)
-        Options(**kwargs)  # a wrong one should be told now, not at the first fit
+        Options(**kwargs)  # raises now for a wrong option, not in the first fit
         super().__init__()
         self.batch, self.verbose, self.options = batch, verbose, kwargs
         self.report: LSUVReport | None = None
 
     @property
     def learn(self) -> Learner | None:
-        """The Learner that this callback belongs to, which is watched for loads from the moment it is known."""
+        """The Learner that this callback belongs to; loads into its model are watched for from its assignment on."""
         return self._learn
 
     @learn.setter
@@ -85,7 +95,7 @@ class LSUVCallback(Callback):
         kept, watch = self._decision, None
         if learn is not None and (kept is None or not kept.is_about(learn.model)):
             kept, watch = None, None if decision_on(learn) else LoadWatch(open_modules(learn.model))
-        # past fastai's check for names that the Learner has, too
+        # bypasses fastai's check for names that the Learner also has
         self.__dict__.update(_learn=learn, _decision=kept, _watch=watch)
 
     def before_fit(self) -> None:
@@ -96,7 +106,7 @@ class LSUVCallback(Callback):
             return
         try:
             line = self._run_once(learn)
-        except StopIteration as error:  # fastai runs callbacks by `map`, which would take it for the end of them
+        except StopIteration as error:  # fastai runs callbacks with `map`, which would take it as the end
             raise RuntimeError(f"LSUV stopped by StopIteration: {error}") from error
         if self._watch is not None:
             self._watch.end()
@@ -110,7 +120,7 @@ class LSUVCallback(Callback):
             return what_to_tell(learn, settle(learn, self, sign))
         try:
             self.report = _initialise(learn, self.batch, self.options, begun=self.order, with_bar=self.verbose)
-        except CannotRun as error:  # training can do without LSUV
+        except CannotRun as error:  # training can go on without LSUV
             self._declined = str(error).partition("\n")[0]
             return f"LSUV: not run, because {self._declined}"
         others = [repr(cb) for cb in learn._grab_cbs(LSUVCallback) if cb.options != self.options]
@@ -118,18 +128,18 @@ class LSUVCallback(Callback):
         return self.report.summary() + unused
 
     def __repr__(self) -> str:
-        """The options as they were given."""
+        """Show the options that were given."""
         given = {"batch": self.batch} if self.batch is not None else {}
         given |= ({} if self.verbose else {"verbose": False}) | self.options
         options = ", ".join(f"{name}={shown(value)}" for name, value in given.items())
         return f"{type(self).__name__}({options})" if options else type(self).__name__
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but training data."""
+        """Everything except training data."""
         return super().__getstate__() | {"batch": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LSUVCallback:
-        """Copy the batch, too."""
+        """Also copy the batch."""
         new = memo[id(self)] = copy.copy(self)
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return new
@@ -140,16 +150,17 @@ class LSUVCallback(Callback):
 @with_options
 def lsuv_init(
     self: Learner,
-    batch: Any = None,  # a batch as the DataLoaders give it, `(xb, yb)`; `None`: the callback's, or one of `learn.dls`
+    batch: Any = None,  # one batch as the DataLoaders give it; `None`: the callback's, or the first of `learn.dls`
     **kwargs: Any,
-) -> LSUVReport:  # a row for each unit, in execution order; kept as `learn.lsuv_report`, too, unless it only measured
-    """Initialise the model by LSUV (Mishkin & Matas 2016, arXiv:1511.06422) now, whatever state it is in: `lsuv_`.
+) -> LSUVReport:  # one row per layer, in execution order; also `learn.lsuv_report`, unless it only measured
+    """Initialise the model with LSUV (Mishkin & Matas 2016, arXiv:1511.06422) now, whatever state it is in.
 
-    Where the Learner has an `LSUVCallback`, its options are the defaults.
+    It takes the options of `lsuv_`. If the Learner has an `LSUVCallback`, its options and its batch are the defaults.
+    If the network looks trained and no layer is frozen, a warning says that its weights were overwritten.
 
     Raises:
-        ValueError: an option out of its range, and whatever else `lsuv_` raises.
-        TypeError: an option of a wrong type, or one that `lsuv_` doesn't have.
+        ValueError: an option is out of range, or `lsuv_` raises it for another reason.
+        TypeError: an option has the wrong type, or `lsuv_` has no such option.
 
     Example:
         >>> from fastai.basics import Learner
@@ -165,7 +176,11 @@ def lsuv_init(
     for cb in self._grab_cbs(LSUVCallback):
         batch, kwargs = cb.batch if batch is None else batch, cb.options | kwargs
     self.model.to(getattr(self.dls, "device", None))  # as every fit and validation does
-    return _initialise(self, batch, kwargs)
+    sign = sign_of_training(self)
+    report = _initialise(self, batch, kwargs)
+    if (line := what_was_overwritten(report, sign)) and group_of(self).rank == 0:
+        warnings.warn(line, stacklevel=3)
+    return report
 
 
 def _initialise(
@@ -178,7 +193,7 @@ def _initialise(
             as_fed(learn, batch, begun),
             lambda call: run(learn.model, call, checked, as_it_stands=True, on_layer=on_layer),
         )
-    if not checked.only_measures:  # a diagnosis is no initialisation
+    if not checked.only_measures:  # measuring alone is not an initialisation
         keep(learn, report)
     return report
 
@@ -187,19 +202,19 @@ _ask_the_model = Learner.__getattr__
 
 
 def _getattr(self: Learner, name: str) -> Any:
-    """Delegate to the model as ever; but where there is no report say why, for the model's own error helps nobody."""
+    """Delegate to the model as usual, but say why if there is no report: the model's own error would not help."""
     if name != "lsuv_report":
         return _ask_the_model(self, name)
     callbacks = self._grab_cbs(LSUVCallback)
     if declined := next((cb._declined for cb in callbacks if cb._declined), ""):
-        why = f"a fit went on without it, because {declined}; once that is fixed: learn.lsuv_init()"
+        why = f"a fit went on without it, because {declined}; once that is fixed, call learn.lsuv_init()"
     elif sign := refusal(self):
-        why = f"this network looks trained ({sign}); to overwrite its weights anyway: learn.lsuv_init()"
+        why = f"this network looks trained ({sign}); to overwrite its weights anyway, call learn.lsuv_init()"
     elif callbacks:
-        why = "it will when the first fit begins; to run it now: learn.lsuv_init()"
+        why = "it will when the first fit begins; to run it now, call learn.lsuv_init()"
     else:
         why = "fit with LSUVCallback(), or call learn.lsuv_init()"
-    raise AttributeError(f"there is no lsuv_report, as LSUV has not run on this model: {why}")
+    raise AttributeError(f"there is no lsuv_report because LSUV has not run on this model: {why}")
 
 
 Learner.__getattr__ = _getattr

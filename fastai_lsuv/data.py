@@ -29,14 +29,14 @@ CLOTHES = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shi
 
 def digits_dls(
     bs: int = 64,  # images in a batch
-    seed: int = 42,  # of the split and of the order in which training shuffles
-    valid_pct: float = 0.2,  # share of the images that is held out, each digit's alike
-) -> DataLoaders:  # of 1,437 and 360 images
-    """DataLoaders of scikit-learn's digits: 1,797 scans of handwritten digits, in ten classes.
+    seed: int = 42,  # seed of the split and of the shuffling
+    valid_pct: float = 0.2,  # share of the images held out for validation, the same for each digit
+) -> DataLoaders:  # with 1,437 training and 360 validation images
+    """Return DataLoaders for scikit-learn's digits: 1,797 scans of handwritten digits, in ten classes.
 
-    Inputs are float tensors of shape (bs, 1, 8, 8) with the mean and std of the training images taken out; targets are
-    the digits, 0 to 9. The same seed gives the same batches, and the global random state is left as it was. They are
-    `sklearn.datasets.load_digits`, by way of fastai's `DataBlock`.
+    Inputs are float tensors of shape (bs, 1, 8, 8), normalised by the mean and std of the training images; targets are
+    the digits, 0 to 9. The same seed gives the same batches, and the global random state is left as it was. The images
+    come from `sklearn.datasets.load_digits` and go through fastai's `DataBlock`.
 
     Example:
         >>> from fastai_lsuv.demo import digits_dls
@@ -60,25 +60,25 @@ def digits_dls(
 
 
 def fashion_dls(
-    root: str | Path | None = None,  # the files' folder, or torchvision's; `None`: `data`, or Debian's
+    root: str | Path | None = None,  # folder of the files, or of torchvision's datasets; `None`: `data`, or Debian's
     size: int = 28,  # height and width of the images, scaled down by averaging
-    n_train: int = 60_000,  # number of training images, chosen at random
+    n_train: int = 60_000,  # number of training images, drawn at random
     bs: int = 64,  # images in a batch
-    seed: int = 42,  # of that choice and of the order in which training shuffles
+    seed: int = 42,  # seed of that draw and of the shuffling
     val_bs: int | None = None,  # images in a validation batch; `None`: twice `bs`
-) -> DataLoaders:  # of `n_train` and 10,000 images
-    """DataLoaders of Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747): photographs of clothes, in ten classes.
+) -> DataLoaders:  # with `n_train` training and 10,000 validation images
+    """Return DataLoaders for Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747): photos of clothes, in ten classes.
 
-    Inputs are float tensors of shape (bs, 1, size, size) with the mean and std of the training images taken out;
+    Inputs are float tensors of shape (bs, 1, size, size), normalised by the mean and std of the training images;
     targets are the classes, 0 to 9, whose names are in `dls.vocab`. The same seed gives the same batches, and the
-    global random state is left as it was. Batches are cut from tensors that hold all images, which takes no time.
+    global random state is left as it was. All images are held in memory, so that a batch takes hardly any time.
 
-    The files are those of `torchvision.datasets.FashionMNIST("data", download=True)`, or of Debian's and Ubuntu's
-    package `dataset-fashion-mnist`.
+    The files come from `torchvision.datasets.FashionMNIST("data", download=True)`, or from the package
+    `dataset-fashion-mnist` of Debian and Ubuntu.
 
     Raises:
         FileNotFoundError: the files are in none of these places.
-        ValueError: fewer training images than 1, or more than there are.
+        ValueError: `n_train` is below 1 or above the number of images.
 
     Example:
         >>> from fastai_lsuv.demo import fashion_dls
@@ -124,8 +124,8 @@ def _fashion_folder(root: str | Path | None) -> Path:
         if any(place.glob("train-images-idx3-ubyte*")):
             return place
     raise FileNotFoundError(
-        f"Fashion-MNIST is in none of {', '.join(map(str, places))}: get it by "
-        f"`torchvision.datasets.FashionMNIST({str(root or 'data')!r}, download=True)`, or on Debian and Ubuntu by "
+        f"Fashion-MNIST is in none of {', '.join(map(str, places))}: get it with "
+        f"`torchvision.datasets.FashionMNIST({str(root or 'data')!r}, download=True)`, or on Debian and Ubuntu with "
         "`apt-get install dataset-fashion-mnist`"
     )
 

@@ -1,4 +1,4 @@
-"""A deep network on real images that doesn't train with PyTorch's default weights, and does after LSUV."""
+"""A deep network on real images that fails to train with PyTorch's default weights and trains after LSUV."""
 
 from __future__ import annotations
 
@@ -45,16 +45,17 @@ RUNS = ("default weights", "LSUV")
 def plain_cnn(
     depth: int = 17,  # layers with weights: depth - 1 convolutions and a linear head; at least 3
     width: int = 24,  # channels of each convolution
-    act: Callable[[], nn.Module] = nn.ReLU,  # makes the activation behind each convolution
+    act: Callable[[], nn.Module] = nn.ReLU,  # makes the activation after each convolution
     n_out: int = 10,  # number of classes
-) -> nn.Sequential:  # its layers `conv1`, `act1`, `conv2`, … `head`
-    """A plain deep CNN for 8x8 images of one channel: no normalisation, no shortcut, PyTorch's default weights.
+) -> nn.Sequential:  # with layers `conv1`, `act1`, `conv2`, …, `head`
+    """Return a plain deep CNN for 8x8 images with one channel: no normalisation, no shortcuts, default weights.
 
-    Two of the 3x3 convolutions, a third and two thirds down, halve the image: 8x8, 4x4, 2x2. Thin and deep, it is as
-    hard to start as the FitNets of the LSUV paper (Mishkin & Matas 2016, arXiv:1511.06422).
+    Two of the 3x3 convolutions, one third and two thirds of the way down, halve the image: 8x8, 4x4, 2x2. The network
+    is thin and deep, and as hard to train from scratch as the FitNets of the LSUV paper (Mishkin & Matas 2016,
+    arXiv:1511.06422).
 
     Raises:
-        ValueError: fewer than 3 layers.
+        ValueError: `depth` is below 3.
 
     Example:
         >>> import torch
@@ -152,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--depth", type=_whole_number(3, 1000), default=17, help="layers with weights, the head included")
     add("--width", type=_whole_number(1, 1024), default=24, help="channels of each convolution")
-    add("--act", choices=ACTIVATIONS, default="relu", help="activation behind each convolution")
+    add("--act", choices=ACTIVATIONS, default="relu", help="activation after each convolution")
     add("--epochs", type=_whole_number(1, 1000), default=5, help="length of each of the two trainings")
     add("--lr", type=_learning_rate, default=1e-3, help="highest learning rate of the one-cycle schedule")
     add("--seed", type=_whole_number(0, 2**32 - 1), default=42, help="of the weights, the split and the batches")

@@ -1,4 +1,4 @@
-"""Initialisers for very deep plain networks, in `torch.nn.init`'s style: in place, for `init=` or on their own."""
+"""Initialisers for very deep plain networks, in the style of `torch.nn.init`: in place, for `init=` or on their own."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ __all__ = ["critical_std", "delta_orthogonal_", "looks_linear_"]
 
 
 def delta_orthogonal_(
-    tensor: Tensor,  # weight of a linear or convolution layer, transposed ones too: 2 dimensions or more
-    gain: float = 1.0,  # all singular values of the matrix in the centre
-    groups: int = 1,  # of the convolution; each group gets a matrix of its own
-    generator: torch.Generator | None = None,  # `None`: torch's own random stream
+    tensor: Tensor,  # weight of a linear, convolution or transposed convolution layer: 2 dimensions or more
+    gain: float = 1.0,  # the value of all singular values of the matrix in the centre
+    groups: int = 1,  # groups of the convolution; each gets its own matrix
+    generator: torch.Generator | None = None,  # `None`: PyTorch's global generator
 ) -> Tensor:  # the same tensor
-    """An orthogonal matrix in the centre of the kernel, zeros around it (Xiao et al. 2018, arXiv:1806.05393).
+    """Fill the centre of the kernel with an orthogonal matrix and the rest with zeros (Xiao et al. 2018).
 
-    At the start a convolution then is the same rotation at every position, so that it keeps lengths, angles and, going
-    backwards, gradients, whatever the depth. Where the layer grows or shrinks, the matrix is semi-orthogonal: its rows
-    or its columns are orthonormal. A linear layer's weight is all centre: there it is `nn.init.orthogonal_`.
+    See arXiv:1806.05393. A convolution then starts as the same rotation at every position. It preserves lengths, angles
+    and, in the backward pass, gradients, whatever the depth. If the layer has more outputs than inputs or fewer, the
+    matrix is semi-orthogonal: its columns or its rows are orthonormal. For a linear layer, this is
+    `nn.init.orthogonal_`.
 
-    The centre of an even kernel is at `size // 2`, as in `nn.init.dirac_`. A kernel that does not overlap its
-    neighbours (patches: stride = size) would see one position in each patch only: use `nn.init.orthogonal_` there.
+    The centre of a kernel of even size is at `size // 2`, as in `nn.init.dirac_`. Kernels that don't overlap (patches,
+    where the stride equals the size) would see only one position in each patch: use `nn.init.orthogonal_` for those.
 
     Raises:
-        ValueError: fewer than 2 dimensions, or a first dimension that is not divisible by `groups`.
+        ValueError: the tensor has fewer than 2 dimensions, or its first dimension isn't divisible by `groups`.
 
     Example:
         >>> import torch
@@ -48,28 +49,28 @@ def delta_orthogonal_(
 
 
 def looks_linear_(
-    tensor: Tensor,  # weight of a linear or convolution layer, transposed ones too: 2 dimensions or more
-    gain: float = 1.0,  # all singular values of the map that a pair of channels sees
-    groups: int = 1,  # of the convolution
-    transposed: bool = False,  # whether inputs are the tensor's first dimension, as in transposed convolutions
-    first: bool = False,  # whether the layer sees the data, and not the mirrored outputs of another one
-    generator: torch.Generator | None = None,  # `None`: torch's own random stream
+    tensor: Tensor,  # weight of a linear, convolution or transposed convolution layer: 2 dimensions or more
+    gain: float = 1.0,  # the value of all singular values of the map that a pair of channels sees
+    groups: int = 1,  # groups of the convolution
+    transposed: bool = False,  # whether the first dimension counts the inputs, as in transposed convolutions
+    first: bool = False,  # whether the layer sees the data rather than the mirrored outputs of another layer
+    generator: torch.Generator | None = None,  # `None`: PyTorch's global generator
 ) -> Tensor:  # the same tensor
-    """Mirrored weights with which a rectifier network starts linear (Balduzzi et al. 2017, arXiv:1702.08591).
+    """Mirror the weights, so that a ReLU network starts out linear (Balduzzi et al. 2017, arXiv:1702.08591).
 
-    The second half of the outputs is the first one's negative, and the second half of the inputs is subtracted from the
-    first: [[V, -V], [-V, V]] with V delta-orthogonal (see `delta_orthogonal_`), and [V, -V] over one another in the
-    `first` layer. As relu(z) - relu(-z) = z, what was cut off on one side arrives on the other, and a network of such
-    layers is f(x) = V…V x, an odd function: f(-x) = -f(x). With another activation φ in place of ReLU, each pair of
-    channels sees the odd function φ(z) - φ(-z).
+    The second half of the outputs is the negative of the first half, and the second half of the inputs is subtracted
+    from the first: the weight is [[V, -V], [-V, V]] with V delta-orthogonal (see `delta_orthogonal_`), and V stacked on
+    -V in the `first` layer. Because relu(z) - relu(-z) = z, what is cut off in one half arrives through the other. A
+    network of such layers is f(x) = V…V x, an odd function: f(-x) = -f(x). With another activation φ instead of ReLU,
+    each pair of channels sees the odd function φ(z) - φ(-z).
 
-    Of an odd number of outputs the last has no mirror image, and of an odd number of inputs (a single one aside) the
-    weights of the last start at zero. A grouped layer cannot subtract channels of another group: an even number of
-    groups is paired, and both of a pair get the same delta-orthogonal weights, so that the network stays odd; single
-    channels (depthwise layers) are passed on with weights of one sign, for a rectified channel that is negated is dead.
+    If the number of outputs is odd, the last output has no mirror image. If the number of inputs is odd and not 1, the
+    weights of the last input start at zero. A grouped layer cannot subtract channels across groups. If the number of
+    groups is even, they are paired, and both groups of a pair get the same delta-orthogonal weights, so that the
+    network stays odd. In depthwise layers the weights have one sign, because a ReLU channel that is negated is dead.
 
     Raises:
-        ValueError: fewer than 2 dimensions, or a first dimension that is not divisible by `groups`.
+        ValueError: the tensor has fewer than 2 dimensions, or its first dimension isn't divisible by `groups`.
 
     Example:
         >>> import torch
@@ -98,21 +99,21 @@ def looks_linear_(
 
 
 def critical_std(
-    act: Callable[[Tensor], Tensor],  # elementwise activation, `torch.tanh` or `nn.Sigmoid()`
+    act: Callable[[Tensor], Tensor],  # elementwise activation, such as `torch.tanh` or `nn.Sigmoid()`
     depth: int,  # number of layers
 ) -> float:  # at most 1
-    """The `std` for `LSUVCallback(init=looks_linear_, std=…)` with which gradients pass through `depth` layers.
+    """Return the `std` for `LSUVCallback(init=looks_linear_, std=…)` at which gradients pass through `depth` layers.
 
-    In a mirrored network a pair of channels sees the odd function ψ(z) = φ(z) - φ(-z) of a roughly Gaussian z of
-    standard deviation s. LSUV holds s the same in every layer, so that the variance of gradients and the distance of
-    near-by inputs grow in each layer by χ = s² E[ψ'²] / E[ψ²] (mean field theory: Poole et al. 2016, arXiv:1606.05340;
-    Schoenholz et al. 2017, arXiv:1611.01232). By Poincaré's inequality χ ≥ 1, and χ = 1 only where ψ is linear: for
-    ReLU, leaky ReLU, GELU and SiLU at any s, for tanh and sigmoid the better, the smaller s. The result is the largest
-    s ≤ 1 at which χ^depth ≤ e; for tanh about (3 / (4 depth))^(1/4).
+    In a mirrored network, a pair of channels sees the odd function ψ(z) = φ(z) - φ(-z) of a roughly Gaussian z with
+    standard deviation s. LSUV makes s the same in every layer. The variance of gradients and the distance between
+    similar inputs then grow by a factor χ = s² E[ψ'²] / E[ψ²] per layer (mean field theory: Poole et al. 2016,
+    arXiv:1606.05340; Schoenholz et al. 2017, arXiv:1611.01232). By Poincaré's inequality χ ≥ 1, with equality only
+    where ψ is linear: at any s for ReLU, leaky ReLU, GELU and SiLU, and in the limit of small s for tanh and sigmoid.
+    The result is the largest s ≤ 1 with χ^depth ≤ e; for tanh, this is about (3 / (4 depth))^(1/4).
 
     Raises:
-        ValueError: depth below 1, or an activation without an odd part (|z|, z²), which mirrored weights cancel.
-        TypeError: the name or the class of an activation in place of a function of tensors.
+        ValueError: `depth` is below 1, or the activation has no odd part (|z|, z²), so that mirrored weights cancel it.
+        TypeError: `act` is the name or the class of an activation rather than a function of tensors.
 
     Example:
         >>> from torch import nn
@@ -163,8 +164,8 @@ def _log_growth(act: Callable[[Tensor], Tensor], values: Tensor, s: float, densi
 def for_layer(init: Callable[..., Any], layer: nn.Module, first: bool) -> Callable[[Tensor], Any]:
     """Return the initialiser, given what it has parameters for and a weight cannot show.
 
-    `groups` (`nn.init.dirac_` has it, too) and `transposed` of a convolution, and `first`: whether no other layer ran
-    before it.
+    That is, `groups` (which `nn.init.dirac_` also has) and `transposed` of a convolution, and `first`: whether no other
+    layer ran before it.
     """
     facts: dict[str, Any] = {"first": first}
     if isinstance(layer, _ConvNd):

@@ -31,21 +31,24 @@ from fastai_lsuv.recording.verdicts import diagnosis
 
 
 class ActivationStatsRecorder(Reading, Callback):
-    """Record statistics of the layers' outputs during training: a fastai `Callback`, in place of its `ActivationStats`.
+    """Record statistics of each layer's output during training: a fastai `Callback` in place of its `ActivationStats`.
 
-    One history over several fits. Of each recorded batch and layer: mean and std of the output, and the share of it
-    that is near zero. Nothing in training changes, to the bit. A hook copies a sample of the output (about
-    `fastai_lsuv.recording.sampling.SAMPLE` values, evenly spread: mean and std are within 2 % of the std; all values of
-    smaller outputs) and waits for nothing. Of it, shares and histograms count about 4,096 values. What the samples
-    show is computed for all layers together, and leaves the device in bulk.
+    For each recorded batch and layer, it records the mean and std of the output, the share of values near zero, and
+    what else `to_frame` lists. One history covers several fits. The trained weights are bit-for-bit the same as
+    without it.
 
-    What runs between `before_batch` and the next event is seen, whoever calls it; hooks are on the model for that time
-    only. A compiled model runs uncompiled in the batches that are recorded.
+    A hook copies a sample of the output and doesn't wait for the device. The sample has about
+    `fastai_lsuv.recording.sampling.SAMPLE` evenly spaced values (a smaller output is copied whole), which gives the
+    mean and std to within 2% of the std. Shares and histograms are counted on about 4,096 of these values. The
+    statistics are computed for all layers together and leave the device in bulk.
+
+    Hooks are on the model only from `before_batch` to the next event. Whatever runs in between is recorded, whoever
+    calls it. A compiled model runs uncompiled in the batches that are recorded.
 
     Raises:
-        ValueError: `every` or `max_records` below 1, `near_zero` below 0; when a fit starts, names that match nothing
-            and an `fname` that has other columns.
-        TypeError: an option of a wrong type.
+        ValueError: `every` or `max_records` is below 1, `near_zero` is below 0, or `stop_on` names no verdict; when a
+            fit starts, names that match nothing, or a file `fname` with other columns.
+        TypeError: an option has the wrong type.
 
     Example:
         >>> from fastai.basics import Learner
@@ -69,27 +72,27 @@ class ActivationStatsRecorder(Reading, Callback):
         >>> figures = recorder.plot_stats(), recorder.dead_chart(), recorder.color_dim(), recorder.plot_layer_stats(0)
     """
 
-    # Behind all others, fastai's last (`SkipToEpoch`) and users': what they make of a batch or raise in `before_batch`
-    # comes first, and loggers have logged. But while the model is watched ahead of all others: whatever event comes,
-    # nothing that they do is seen, and they find no hook on the model.
+    # After all other callbacks, even fastai's last (`SkipToEpoch`): what they change or raise in `before_batch` comes
+    # first, and loggers have logged. While the model is watched, before all others: whatever event comes next, nothing
+    # that they do is recorded, and they find no hook on the model.
     order = math.inf
 
     @with_options
     def __init__(  # noqa: PLR0913
         self,
-        modules: Choice = None,  # any modules, as for `lsuv_`; `None`: every leaf but PyTorch's for pooling, …
-        exclude: Choice = None,  # the same forms: these, and everything beneath them, are left out
+        modules: Choice = None,  # any modules, chosen as for `lsuv_`; `None`: every leaf except pooling, dropout, …
+        exclude: Choice = None,  # modules to leave out, with everything inside them; the same forms
         *,
-        every: int | Literal["auto"] = 1,  # each n-th batch of training (and validation); "auto": at 2 % of the time
-        with_hist: bool = False,  # histograms, too: `sampling.HIST_BINS` bins over `HIST_RANGE`
-        with_grad: bool = False,  # mean and std of the gradient of each output, loss scaling taken out
-        valid: bool = False,  # validation batches, too
-        near_zero: float = 0.05,  # |x| up to this counts as near zero
-        max_records: int = 2000,  # kept in memory; when full, every other old one is dropped
-        fname: str | Path | None = None,  # CSV file in `learn.path`: written after every epoch, an old one continued
+        every: int | Literal["auto"] = 1,  # record every n-th batch; "auto": so often that it takes 2% of the time
+        with_hist: bool = False,  # also record histograms: 40 bins from -5 to 5
+        with_grad: bool = False,  # also record mean and std of each output's gradient, without loss scaling
+        valid: bool = False,  # also record validation batches
+        near_zero: float = 0.05,  # values with |x| up to this count as near zero
+        max_records: int = 2000,  # most records kept; beyond that, every other old one is dropped
+        fname: str | Path | None = None,  # CSV file in `learn.path`, appended to after every epoch
         stop_on: str | Collection[str] | Callable[[pd.DataFrame], Any] = (),  # verdicts that end the fit, or a function
-        live: bool = False,  # in a notebook, draw `plot_stats()` anew while it trains, at 1 % of the time
-        verbose: bool = True,  # say at the end of a fit what is wrong, and what could not be recorded
+        live: bool = False,  # in a notebook, keep redrawing `plot_stats()`, in 1% of the training time
+        verbose: bool = True,  # print after a fit what is wrong and what couldn't be recorded
     ) -> None:
         check(modules, every, near_zero, max_records, stop_on)
         super().__init__()
@@ -105,14 +108,14 @@ class ActivationStatsRecorder(Reading, Callback):
         self._session: Session | None = None  # none: this fit is not recorded
         self._chart: LiveChart | None = None
 
-    # when: real batches of real fits
+    # When it records: real batches of real fits.
 
     def before_fit(self) -> None:
-        """Choose the layers, if this is a real fit (on the first rank)."""
+        """Choose the layers, if this is a real fit and this is rank 0."""
         learn = self.learn
         if not came_through_fit(learn):  # a validation, perhaps in the middle of a fit
             return
-        self._let_go()  # of what an interrupted fit has left
+        self._let_go()  # what an interrupted fit has left
         if learn._grab_cbs(LRFinder) or rank_distrib():
             return
         layers = recorded_layers(learn.model, self.modules, self.exclude)
@@ -147,13 +150,13 @@ class ActivationStatsRecorder(Reading, Callback):
         return bool((self._steps if self.training else self.iter) % self.every == 0)
 
     def _look_away(self) -> None:
-        """What runs from here on may be other callbacks' doing, or a forward pass that is made again."""
+        """Stop watching: what runs from here on may be another callback, or a forward pass that is repeated."""
         self.order = math.inf
         if self._session is not None:
             self._session.capture.stop()
 
     def after_pred(self) -> None:
-        """The forward pass is over."""
+        """Stop watching: the forward pass is over."""
         self._look_away()
 
     def after_loss(self) -> None:
@@ -163,12 +166,12 @@ class ActivationStatsRecorder(Reading, Callback):
             self._session.note_loss(vars(self.learn).get("loss_grad"))
 
     def after_backward(self) -> None:
-        """Note by how much it was scaled."""
+        """Note by how much the loss was scaled."""
         if self._session is not None:
             self._session.note_scaled(vars(self.learn).get("loss_grad"))
 
     def after_batch(self) -> None:
-        """Compute what the samples show."""
+        """Compute the statistics of the samples, and stop the fit if they are a reason to."""
         if self._session is not None and phase_of_batch(self.learn) is not None:
             self._session.n_batches += 1
             was_recorded = self._session.is_watched
@@ -179,7 +182,7 @@ class ActivationStatsRecorder(Reading, Callback):
                 self._stop_if_asked()
 
     def _stop_if_asked(self) -> None:
-        """End the fit if what has been recorded so far is reason enough; this waits for the device."""
+        """End the fit if the records so far meet `stop_on`; this waits for the device."""
         assert self._session is not None
         self._flush()
         if callable(self.stop_on):
@@ -189,29 +192,29 @@ class ActivationStatsRecorder(Reading, Callback):
         if reason:
             self._session.is_stopped = True
             if self.verbose:
-                print(f"ActivationStatsRecorder: stopped after step {self._steps - 1}, as asked for" + f": {reason}")
+                print(f"ActivationStatsRecorder: stopped after step {self._steps - 1}, as `stop_on` asked: {reason}")
             raise CancelFitException
 
     def after_cancel_train(self) -> None:
-        """Keep the batch in which it was cancelled, before anything else is done to the weights."""
+        """Keep the batch that was cancelled, before anything else changes the weights."""
         self._end_batch()
 
     after_cancel_epoch = after_cancel_train
 
     def after_epoch(self) -> None:
-        """Bring everything to where it is kept."""
+        """Move the epoch's records from the device to the history."""
         self._end_batch()
         self._flush()
         if self._session is not None and self.epoch + 1 < self.n_epoch and came_through_fit(self.learn):
             at_end_of_next_stage(self.learn, self._look_away)
 
     def after_cancel_fit(self) -> None:
-        """The same, before loggers close at the end of the fit."""
+        """Do the same before loggers close at the end of the fit."""
         self._end_batch()
         self._flush()
 
     def after_fit(self) -> None:
-        """The same, say what could not be recorded, and let go of the model."""
+        """Do the same, print what is wrong and what could not be recorded, and let go of the model."""
         if self._session is not None and came_through_fit(self.learn):
             self._end_batch()
             session = self._session
@@ -225,7 +228,7 @@ class ActivationStatsRecorder(Reading, Callback):
                 print(f"ActivationStatsRecorder: {line}")
 
     def _end_batch(self) -> None:
-        """Keep the batch at hand, if there is one, and count it."""
+        """Keep the current batch, if there is one, and count it."""
         session = self._session
         if session is None or session.at is None:
             return
@@ -236,7 +239,7 @@ class ActivationStatsRecorder(Reading, Callback):
             self._flush()
 
     def _let_go(self) -> None:
-        """Of the model and of all tensors."""
+        """Let go of the model and of all tensors."""
         self._look_away()
         self._flush()
         self._session = None
@@ -257,10 +260,10 @@ class ActivationStatsRecorder(Reading, Callback):
             to_tensorboard(self.learn, frame, session.first_step)
             to_wandb(self.learn, frame)
 
-    # what travels
+    # What is copied and pickled.
 
     def __getstate__(self) -> dict[str, Any]:
-        """With the history, without the model and what is on its device."""
+        """Keep the history; leave out the model and everything on its device."""
         self._flush()
         return super().__getstate__() | {"_session": None, "_model": None, "_chart": None}
 
@@ -270,6 +273,6 @@ def _described(module: nn.Module) -> Layer:
 
 
 def _clock_of(model: nn.Module) -> Clock:
-    """What tells how long its steps take."""
+    """Return what measures how long the model's steps take."""
     on_cuda = any(p.is_cuda for p in model.parameters())
     return DeviceClock() if on_cuda else Clock()

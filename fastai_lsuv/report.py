@@ -27,36 +27,36 @@ STATUSES = ("corrected", "unchanged", "skipped", "not_converged")
 class Row:
     """One layer or block: plain names and numbers; NaN where there is nothing to measure."""
 
-    name: str  # qualified name in the model, "" for the model itself
-    type: str  # class name
+    name: str  # qualified name in the model; "" for the model itself
+    type: str  # name of its class
     n_calls: int  # forward calls in one pass
-    mean_before: float  # of the untouched network on the batch, over all calls; per channel: of the farthest channel
-    std_before: float  # the same
-    mean_after: float  # of a clean pass through the finished network
-    std_after: float  # the same
-    n_iter: int  # corrections made
-    status: str  # corrected, unchanged (was there already), skipped, not_converged
-    reason: str  # why, in a fixed phrase (or several, with "; " between them), where there is something to say
-    signal_before: float = math.nan  # share of the std that is due to the input, 0 to 1: at 0 all inputs look the same
-    signal_after: float = math.nan  # the same of the finished network
-    spread_after: float = math.nan  # 1 - 1 / number of directions in which inputs differ: 0 if all lie on one line
-    grad_after: float = math.nan  # elasticity: a change of the output by 1 % changes the network's by so many per cent
+    mean_before: float  # in the untouched network, over all calls; with `per_channel`, of the channel farthest off
+    std_before: float  # likewise
+    mean_after: float  # in a clean pass through the finished network
+    std_after: float  # likewise
+    n_iter: int  # number of corrections made
+    status: str  # corrected, unchanged (already on target), skipped, not_converged
+    reason: str  # why, in one or several fixed phrases, separated by "; "; empty if there is nothing to say
+    signal_before: float = math.nan  # share of the std that is due to the input, 0 to 1; at 0 all inputs look the same
+    signal_after: float = math.nan  # the same, in the finished network
+    spread_after: float = math.nan  # 1 - 1 / number of directions in which outputs differ: 0 if all lie on one line
+    grad_after: float = math.nan  # elasticity: if this output changes by 1%, the network's changes by this many percent
 
     @property
     def notes(self) -> set[str]:
-        """The phrases that the reason consists of, without the names of weights behind them."""
+        """The phrases of the reason, without the names of weights that follow them."""
         return {note.partition(": ")[0] for note in self.reason.split("; ")}
 
 
 class LSUVReport(Sequence[Row]):
-    """Rows in execution order, also by name: `report[0]`, `report["0.3.conv"]`.
+    """What `lsuv_` measured and did: rows in execution order, by index or by name (`report["0.3.conv"]`).
 
-    Holds numbers and names only, so that it pickles small and keeps no model or tensor alive. `lsuv_` makes it, of what
-    algorithm 1 of Mishkin & Matas (2016, arXiv:1511.06422) looks at and does.
+    A report holds only numbers and names, so its pickle is small and it keeps no model or tensor alive. It records what
+    algorithm 1 of Mishkin & Matas (2016, arXiv:1511.06422) measures and changes.
 
     Raises:
-        KeyError: a name that no layer has.
-        IndexError: a number beyond the last row.
+        KeyError: no layer has this name.
+        IndexError: there are fewer rows.
 
     Example:
         >>> import torch
@@ -79,13 +79,13 @@ class LSUVReport(Sequence[Row]):
     def __init__(
         self,
         rows: Sequence[Row],  # one per layer, in execution order
-        n_forward: int,  # passes of the model over the whole batch; those of 16 samples for the gradient aren't counted
-        seconds: float,  # wall time of all
-        mean: float | None = 0.0,  # wanted mean
-        std: float | None = 1.0,  # wanted standard deviation
+        n_forward: int,  # passes over the whole batch; those on 16 samples for the gradient aren't counted
+        seconds: float,  # wall-clock time of everything
+        mean: float | None = 0.0,  # target mean
+        std: float | None = 1.0,  # target standard deviation
         verdict: str = "healthy",  # whether the network can be trained, by signal and gradient
-        remedy: str = "",  # what to do about that
-        init: str = "",  # of `init="auto"`: what was taken, and why
+        remedy: str = "",  # what to do about the verdict
+        init: str = "",  # what `init="auto"` did, and why
     ) -> None:
         self.rows, self.n_forward, self.seconds, self.mean, self.std = tuple(rows), n_forward, seconds, mean, std
         self.verdict, self.remedy, self.init = verdict, remedy, init
@@ -117,24 +117,24 @@ class LSUVReport(Sequence[Row]):
         return iter(self.rows)
 
     @property
-    def converged(self) -> bool:  # False: a row's status is `not_converged`
-        """Whether every layer that wasn't skipped has the wanted mean and std."""
+    def converged(self) -> bool:  # False if any row's status is `not_converged`
+        """Whether every layer that wasn't skipped has the target mean and std."""
         return all(row.status != "not_converged" for row in self.rows)
 
     def to_frame(self) -> pd.DataFrame:  # one row per layer, the columns of `Row`
-        """All rows, for pandas."""
+        """Return all rows as a pandas DataFrame."""
         return pd.DataFrame([asdict(row) for row in self.rows], columns=[f.name for f in fields(Row)])
 
-    def plot(self) -> Figure:  # which a notebook shows, and `savefig` writes
-        """Draw std, mean and signal of every layer's output, before beside after, and how a gradient travels back."""
+    def plot(self) -> Figure:  # a notebook shows it; `savefig` saves it
+        """Plot the std, mean and signal of each layer's output, before and after, and how a gradient travels back."""
         return plot_report(self.to_frame(), self.mean, self.std, judged(self), SIGNAL_LOST)
 
     def summary(self) -> str:  # one line
-        """How many layers, what was skipped and why, worst mean and std before → after, seconds, and the verdict."""
+        """Return the counts, what was skipped and why, worst mean and std before → after, seconds, and the verdict."""
         return summary_line(self)
 
     def _table(self) -> pd.DataFrame:
-        """The frame as text, for printing: words last."""
+        """Return the frame as text, for printing, with the words last."""
         frame = self.to_frame()
         frame = frame[[*frame.columns.drop(list(_WORDS)), *_WORDS]]
         for column in frame.select_dtypes("float"):

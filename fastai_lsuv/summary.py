@@ -1,4 +1,4 @@
-"""The one line that tells what `lsuv_` did, and whether the network can be trained."""
+"""The one line that says what `lsuv_` did and whether the network can be trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fastai_lsuv.report import LSUVReport, Row
 
 _MEAN_KEPT = {Note.NO_BIAS.value, Note.ONE_SIGN.value, Note.PRIOR.value}
-_TOLD = {Note.OTHERS.value: "", Note.BIAS_MOVED.value: " (exclude= leaves it)"}  # of layers that are right, too
+_TOLD = {Note.OTHERS.value: "", Note.BIAS_MOVED.value: " (exclude= leaves it)"}  # of layers on target, as well
 
 
 def summary_line(report: LSUVReport) -> str:
@@ -24,7 +24,7 @@ def summary_line(report: LSUVReport) -> str:
     left = _left(report)
     layers = ", ".join([*_counts(report), *left[:1]])
     numbers = ", ".join([*_numbers(report), f"{report.seconds:.2f} s"])
-    init = [f'init="auto" took {report.init}'] if report.init else []
+    init = [f'init="auto" {report.init}'] if report.init else []
     return "LSUV: " + "; ".join([layers, *left[1:], numbers, *init, judged(report)])
 
 
@@ -38,7 +38,7 @@ def _only_measured(report: LSUVReport) -> bool:
 
 
 def _counts(report: LSUVReport) -> list[str]:
-    """How many layers are as wanted, by what it took."""
+    """How many layers are on target, by what it took."""
     done = [row.status for row in report.rows if row.status in ("corrected", "unchanged")]
     if _only_measured(report):
         return [f"{len(done)} measured"] * bool(done)
@@ -52,7 +52,7 @@ def _numbers(report: LSUVReport) -> list[str]:
     for what, asked, wanted in (("mean", report.mean, report.mean or 0.0), ("std", report.std, report.std or 1.0)):
         excused = _MEAN_KEPT if what == "mean" else {Note.ENDS_BRANCH.value}
         judged = [row for row in done if not excused & row.notes]
-        if not judged or (asked is None and not _only_measured(report)):  # what was left alone isn't right or wrong
+        if not judged or (asked is None and not _only_measured(report)):  # left alone: neither right nor wrong
             continue
         before, after = (_farthest(judged, f"{what}_{when}", wanted) for when in ("before", "after"))
         numbers.append(f"worst {what} {before}" if _only_measured(report) else f"worst {what} {before} → {after}")
@@ -64,7 +64,7 @@ def _numbers(report: LSUVReport) -> list[str]:
 
 
 def _left(report: LSUVReport) -> list[str]:
-    """What isn't as wanted, by reason."""
+    """What isn't on target, by reason."""
     groups = defaultdict(list)
     for row in report.rows:
         if row.status in ("skipped", "not_converged"):
@@ -89,7 +89,7 @@ def number(x: float) -> str:
 
 
 def _farthest(rows: Sequence[Row], column: str, wanted: float) -> str:
-    """The value that is farthest from the wanted one."""
+    """The value that is farthest from the target."""
     values = [getattr(row, column) for row in rows]
     return number(max(values, key=lambda x: abs(x - wanted) if not math.isnan(x) else float("inf")))
 

@@ -94,9 +94,36 @@ def test_every_option_of_the_recorder_has_its_row():
 
 
 def test_every_verdict_has_its_row():
-    told = set(re.findall(r"^ {4}`([\w ]+)`: ", verdicts.verdicts.__doc__, flags=re.M))
+    told = set(re.findall(r"^ *\* `([\w ]+)`: ", verdicts.verdicts.__doc__, flags=re.M))
     assert told <= first_column("recorder")
     assert len(told) > 3
+
+
+def row_of(verdict):
+    "Its rule on the page, and in the docstring."
+    page = re.search(rf"^\| `{verdict}` \|.*$", PAGES["recorder"], flags=re.M)
+    docstring = re.search(rf"\* `{verdict}`:[^*]*", verdicts.verdicts.__doc__)
+    return page[0], docstring[0]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "threshold"),
+    [
+        ("exploding", f"{verdicts.EXPLODING:,.0f}"),
+        ("dying", f"{verdicts.DYING:.0%}"),
+        ("vanishing", f"{verdicts.VANISHING:g}"),
+        ("too fast", f"{verdicts.LEARNING[1]:.0%}"),
+        ("not learning", f"{verdicts.LEARNING[0]:.3%}"),
+        ("saturated", f"{verdicts.SATURATED:.0%}"),
+    ],
+)
+def test_the_rules_of_verdicts_name_their_thresholds(verdict, threshold):
+    assert all(threshold in rule for rule in row_of(verdict)), row_of(verdict)
+
+
+def test_the_page_names_the_band_of_the_figure():
+    low, high = verdicts.WORKS
+    assert f"between {low:g} and {high:g}, the green band" in re.sub("([1-9])e-0", r"\1e-", PAGES["recorder"])
 
 
 def test_every_status_reason_and_column_of_a_report_is_explained():

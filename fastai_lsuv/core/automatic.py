@@ -11,7 +11,7 @@ from fastai_lsuv.core.activation import Activation, activations
 from fastai_lsuv.core.attempt import Attempt, attempt
 from fastai_lsuv.core.discovery import Discovery
 from fastai_lsuv.core.options import Options
-from fastai_lsuv.core.verdict import HEALTHY
+from fastai_lsuv.core.verdict import HEALTHY, NOT_JUDGED
 from fastai_lsuv.init import delta_orthogonal_, largest_std, looks_linear_
 
 MOST_PASSES = 10  # altogether
@@ -24,7 +24,7 @@ class Chosen:
     """What was taken, and why."""
 
     taken: Attempt
-    story: str = ""
+    story: str = ""  # to be read after `init="auto"`
 
 
 def choose(discovery: Discovery, options: Options) -> Chosen:
@@ -38,8 +38,8 @@ def choose(discovery: Discovery, options: Options) -> Chosen:
     plain = attempt(discovery.again(own), own)
     if options.only_measures:
         return Chosen(plain)
-    if plain.trainability.verdict == HEALTHY:
-        return Chosen(plain, "your own weights")
+    if plain.trainability.verdict in (HEALTHY, NOT_JUDGED):
+        return Chosen(plain, f"kept your weights: {plain.trainability.verdict} after plain LSUV")
     # Passes, for the others as well; but where gradients explode so do roundings, and passes are made in vain.
     needed = _FEWEST if plain.trainability.explodes else dry_run.n_forward - n_before
     best, kept, what = plain, dry_run.kept_state(), ""
@@ -54,8 +54,8 @@ def choose(discovery: Discovery, options: Options) -> Chosen:
             best, kept, what = tried, dry_run.kept_state(), name
     dry_run.restore(kept)
     if best is plain:
-        return Chosen(plain, "your own weights, as nothing that was tried is better")
-    return Chosen(best, f"{what}; plain LSUV: {plain.trainability.verdict}")
+        return Chosen(plain, "kept your weights: nothing that was tried is better")
+    return Chosen(best, f"chose {what} (after plain LSUV: {plain.trainability.verdict})")
 
 
 def _candidates(discovery: Discovery, options: Options, needed: int) -> Iterator[tuple[str, Options]]:

@@ -53,7 +53,7 @@ def name_module_at_work(error: BaseException, names: Mapping[nn.Module, str]) ->
     if at_work is None:
         return
     where = f"`{names[at_work]}` ({type(at_work).__name__})" if names[at_work] else f"the {type(at_work).__name__}"
-    add_to_message(error, f"{_STOPPED} in {where}; the model is as it was")
+    add_to_message(error, f"{_STOPPED} in {where}; the model is unchanged")
 
 
 def add_to_message(error: BaseException, text: str) -> None:

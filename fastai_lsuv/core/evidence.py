@@ -34,7 +34,8 @@ def trainability(dry_run: DryRun, layers: Sequence[Layer], gradients: Mapping[nn
     evidence = []
     for layer, std in zip(ran, stds, strict=True):
         assert layer.after is not None
-        signal = math.nan if layer in zero else left_of(layer.after) if DEAD * largest < std < math.inf else 0.0
+        is_unknown = layer in zero or layer.after.n < 2  # a single value has no std
+        signal = math.nan if is_unknown else left_of(layer.after) if DEAD * largest < std < math.inf else 0.0
         growth = gradients[layer.module].growth if layer.module in gradients else math.nan
         evidence.append(Evidence(layer.shown_name, signal, math.nan if zero and not growth else growth))
     return Trainability(evidence, sum("norm" in type(module).__name__.lower() for module in dry_run.names))

@@ -25,40 +25,41 @@ from fastai_lsuv.report import LSUVReport
 
 @with_options
 def lsuv_(
-    model: nn.Module,  # changed in place: weights and biases, nothing else
-    batch: Any,  # a tensor → `model(x)`, a tuple or list → `model(*xs)`, a mapping → `model(**kw)`
+    model: nn.Module,  # changed in place: its weights and biases, nothing else
+    batch: Any,  # its inputs: a tensor → `model(x)`, a tuple or list → `model(*xs)`, a mapping → `model(**kw)`
     *,
-    mean: float | None = 0.0,  # wanted mean of each layer's output, where it can be shifted; `None`: nothing is shifted
-    std: float | None = 1.0,  # wanted standard deviation; `None`: nothing is scaled. Both `None`: only measure
-    per_channel: bool = False,  # each output channel by itself (Krähenbühl et al. 2016, arXiv:1511.06856)
-    modules: Choice = None,  # which layers: `None` = all affine ones; types, names with wildcards, modules, a function
-    exclude: Choice = None,  # the same forms, taken away from `modules` with everything beneath them
-    init: Callable[..., Any] | Literal["auto"] | None = None,  # in-place initialiser; "auto": by what is measured
-    tol: float = 1e-3,  # for blocks and shared layers, where one step is not exact; of `std` where that is below 1
-    max_iter: int = 10,  # steps at most, for the same
-    residual: bool = False,  # the last layers of n residual branches get std/√n: their sum doesn't grow with depth
-) -> LSUVReport:  # one row per layer, in execution order: moments before and after, status, reason
-    """Scale and shift each layer's weights so that its output on `batch` has the wanted mean and standard deviation.
+    mean: float | None = 0.0,  # target mean of each layer's output, where it has a bias; `None`: leave means alone
+    std: float | None = 1.0,  # target standard deviation; `None`: leave it alone. Both `None`: only measure
+    per_channel: bool = False,  # correct each output channel separately (Krähenbühl et al. 2016, arXiv:1511.06856)
+    modules: Choice = None,  # layers to correct; `None`: all affine ones. Types, names, wildcards, modules, a function
+    exclude: Choice = None,  # layers to leave alone, with everything inside them; the same forms
+    init: Callable[..., Any] | Literal["auto"] | None = None,  # in-place initialiser applied first; "auto": see below
+    tol: float = 1e-3,  # tolerance for blocks and shared layers, whose steps aren't exact; relative to a `std` below 1
+    max_iter: int = 10,  # most steps for blocks and shared layers
+    residual: bool = False,  # give the last layer of each of n residual branches std/√n, to bound their sum
+) -> LSUVReport:  # one row per layer, in execution order: mean and std before and after, status, reason
+    """Scale and shift each layer's weights so that its output on `batch` has the target mean and standard deviation.
 
-    Layer-sequential unit variance (Mishkin & Matas 2016, arXiv:1511.06422) with the fast.ai course's mean correction,
-    exact for all layers at once, in three forward passes whatever the depth (`residual` takes a fourth): the hook that
-    measures a layer corrects it and hands on the corrected output. In place and silent, like `torch.nn.init`.
+    This is layer-sequential unit variance (LSUV; Mishkin & Matas 2016, arXiv:1511.06422) with the mean correction of
+    the fast.ai course. It is exact for all layers at once and takes three forward passes, whatever the depth
+    (`residual` takes a fourth), because the hook that measures a layer also corrects it and passes the corrected
+    output on. Like the functions of `torch.nn.init`, it works in place and prints nothing.
 
-    `init` is applied to each chosen weight first, and its bias is zeroed. With `init="auto"` the weights are kept as
-    they are if they make a network that can be trained; otherwise bounded residual branches, mirrored and orthogonal
-    weights are tried, in ten passes at most, and the best by signal and gradient is taken.
+    `init` is applied to each weight before it is corrected, and the bias is zeroed. `init="auto"` keeps the weights if
+    plain LSUV makes the network trainable. Otherwise it tries bounded residual branches, mirrored weights and
+    orthogonal weights, in at most ten passes, and takes the best by signal and gradient.
 
-    How a gradient travels is measured by one more forward and backward pass, of 16 samples of the batch (with "auto",
-    for each of the initialisations that are tried).
+    How a gradient travels is measured by one more forward and backward pass on 16 samples of the batch (with "auto",
+    one for each initialisation that is tried).
 
     Raises:
-        ValueError: an option out of its range, a pattern that matches nothing, a batch with infinity or with NaN that
-            the model doesn't fill, lazy modules that have not seen a batch yet.
-        TypeError: an option of a wrong type, or a batch that isn't tensors.
-        RuntimeError: the batch is empty, or the model can't be copied, or reaches its own layers in a way that no copy
+        ValueError: an option is out of range, a pattern matches nothing, the batch contains infinity, or NaN that the
+            model doesn't fill, or lazy modules haven't seen a batch yet.
+        TypeError: an option has the wrong type, or the batch doesn't consist of tensors.
+        RuntimeError: the batch is empty, the model can't be copied, or it reaches its own layers in a way that no copy
             can follow.
-        Exception: whatever a forward pass raises, with the module at work in its message. The model is then
-            bit-for-bit what it was.
+        Exception: whatever a forward pass raises; its message then names the module at work. The model is left
+            bit-for-bit unchanged.
 
     Example:
         >>> import torch

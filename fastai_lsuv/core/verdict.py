@@ -16,7 +16,7 @@ ENOUGH, STEEP = 0.35, 4.0  # signal at the end and growth, of which more and les
 _LAYERS_TO_A_NORM = 4  # at most, if norms hold the scale
 _EARLY = 0.25  # of the layers: where a gradient arrives
 
-HEALTHY = "healthy"
+HEALTHY, NOT_JUDGED = "healthy", "not judged"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Evidence:
 class Trainability:
     """What is known of the layers of a network, in the order in which they run."""
 
-    evidence: Sequence[Evidence]  # none: nothing is known, and nothing is said against the network
+    evidence: Sequence[Evidence]  # none: nothing is known
     n_norms: int  # normalisation layers
 
     @property
@@ -74,14 +74,14 @@ class Trainability:
 
     @property
     def verdict(self) -> str:
-        """`healthy`, or what is lost, and where."""
+        """What is lost and where, or `healthy`; `not judged` if no signal could be measured and no gradient is lost."""
         if self.lost_from is not None:
             return f"signal lost from {self.lost_from} on"
-        if self.steepest is None:
-            return HEALTHY
-        if self.explodes:
+        if self.steepest is not None and self.explodes:
             return f"gradient explodes towards {self.steepest.name}"
-        return f"gradient vanishes towards {self.steepest.name}" if self.steepest.growth < VANISHES else HEALTHY
+        if self.steepest is not None and self.steepest.growth < VANISHES:
+            return f"gradient vanishes towards {self.steepest.name}"
+        return HEALTHY if self._with_signal() else NOT_JUDGED
 
     @property
     def score(self) -> float:
@@ -101,6 +101,8 @@ def remedy(found: Trainability, options: Options) -> str:
     """Return what to do about a verdict, or why there is little to gain; empty where there is nothing to say."""
     if found.verdict == HEALTHY:
         return "norms hold the scale: little to gain" if found.norms_hold_the_scale else ""
+    if found.verdict == NOT_JUDGED:
+        return "the signal can only be measured on several inputs" if found.evidence else ""
     if found.is_lost_at_once:
         return "the inputs are nearly alike: normalise them"
     if options.only_measures:

@@ -36,9 +36,9 @@ def as_fed(
     callbacks and the Learner are as before.
 
     Raises:
-        ValueError: the Learner has no DataLoaders, or that for training no batch.
-        TypeError: `batch` is only an input, or DataLoaders.
-        UnknownInputs: the block fails with inputs that may not be those of training.
+        ValueError: the Learner has no DataLoaders, or its training DataLoader has no batch.
+        TypeError: `batch` is a single input, or DataLoaders.
+        UnknownInputs: the block fails, with inputs that may not be those of training.
     """
     check_batch(batch)
     with _kept_random_states(), ExitStack() as stack:
@@ -59,7 +59,7 @@ def as_fed(
 
 
 def check_batch(batch: Any) -> None:
-    """Raise if that can't be a batch of any DataLoader's, inputs and targets."""
+    """Raise if this can't be a batch of inputs and targets from a DataLoader."""
     if isinstance(batch, (*LOADERS, Tensor, np.ndarray, Number, str)):
         raise TypeError(f"batch is a {type(batch).__name__}: {_EXPECTED}")
 
@@ -76,10 +76,10 @@ def _own_batch(learn: Learner) -> Any:
     try:
         batch = _first_of(dl)
     except Exception as error:
-        add_to_message(error, f"LSUV stopped while it took a batch from {type(dl).__name__}")
+        add_to_message(error, f"LSUV stopped while taking a batch from {type(dl).__name__}")
         raise
     if batch is None:
-        raise ValueError(f"{type(dl).__name__} has no batch: is it empty, or smaller than a batch with `drop_last`?")
+        raise ValueError(f"{type(dl).__name__} has no batch: it is empty, or smaller than one batch with `drop_last`")
     return batch
 
 

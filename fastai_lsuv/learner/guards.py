@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -58,6 +58,25 @@ def refusal(learn: Learner) -> str | None:
     """Return the sign for which the Learner's model will not have LSUV: empty if it has had it, None if it is fresh."""
     decision = decision_on(learn)
     return next(_signs_of_training(learn), None) if decision is None else decision.refused
+
+
+def sign_of_training(learn: Learner) -> str:
+    """Return a sign that the Learner's model has been trained, whether or not it has had LSUV; empty if there is none.
+
+    A model that has had LSUV was fresh then, so that only what came later counts.
+    """
+    return refusal(learn) or next(chain(_signs_of_norms(learn.model), _signs_of_steps(learn)), "")
+
+
+def what_was_overwritten(report: LSUVReport, sign: str) -> str:
+    """Return a warning where an LSUV that was asked for has changed a network with a sign of training; else nothing.
+
+    Frozen layers keep what they have learned: the others are then taken for a new head, for which LSUV is right.
+    """
+    is_new_head = any(row.reason == "frozen" for row in report)
+    if not sign or is_new_head or not any(row.n_iter for row in report):
+        return ""
+    return f"lsuv_init() overwrote a network that looks trained ({sign}). Load its weights again if you still need them"
 
 
 def keep(learn: Learner, report: LSUVReport) -> None:
@@ -114,16 +133,20 @@ def _signs_of_training(learn: Learner) -> Iterator[str]:
         yield "weights were loaded into it"
     yield from _signs_of_norms(learn.model)
     yield from _signs_of_this_learner(learn)
-    if any(_has_stepped(opt, learn.model) for opt in (learn.opt, getattr(learn.opt, "opt", None))):
-        yield "the optimizer has made steps"
+    yield from _signs_of_steps(learn)
     for cb in learn.cbs:
         if isinstance(cb, SkipToEpoch) and cb._skip_to > 0:
             yield f"training starts at epoch {cb._skip_to}"
 
 
+def _signs_of_steps(learn: Learner) -> Iterator[str]:
+    if any(_has_stepped(opt, learn.model) for opt in (learn.opt, getattr(learn.opt, "opt", None))):
+        yield "the optimizer has made steps"
+
+
 def _signs_of_norms(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
-        named = repr(name.replace("_orig_mod.", "")) if name else type(module).__name__
+        named = f"`{name.replace('_orig_mod.', '')}`" if name else type(module).__name__
         count = dict(module.named_buffers(recurse=False)).get("num_batches_tracked")
         if count is not None and int(count) > 0:
             yield f"batch norm {named} has counted {int(count)} batch{'es' * (int(count) > 1)}"

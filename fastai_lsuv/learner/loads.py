@@ -39,7 +39,7 @@ class LoadWatch:
         return any(view.loaded for view in self.views)
 
     def end(self) -> None:
-        """Leave the modules as they were, unless somebody else watches them, too."""
+        """Leave the modules as they were, unless something else also watches them."""
         for view in self.views:
             view.watches.discard(self)
             view.close()

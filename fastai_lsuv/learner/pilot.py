@@ -36,7 +36,7 @@ LOADERS = (DataLoader, DataLoaders, TorchDataLoader)
 
 
 class UnknownInputs(CannotRun):
-    """How training calls the model couldn't be found out, and it can't be called with what the DataLoader gives."""
+    """It is unknown how training calls the model, and it can't be called with what the DataLoader gives."""
 
 
 class Fed(NamedTuple):
@@ -64,7 +64,7 @@ def first_call(
             return fed._replace(doubt=doubt)
         culprit = trial.culprit
         inputs = "as the DataLoader gives them" if culprit is None else f"as they are without {type(culprit).__name__}"
-        warnings.warn(f"LSUV: the inputs are taken {inputs}, because {trial.problem}", stacklevel=2)
+        warnings.warn(f"LSUV: measuring with the inputs {inputs}, because {trial.problem}", stacklevel=2)
         doubt = f"{trial.problem}, and the model can't be called with the inputs {inputs}"
         if culprit is None:
             return Fed(_raw_call(learn, batch, doubt), list(autocasts(learn)), doubt)
@@ -117,7 +117,7 @@ class _Trial:
             pass
         except Exception as error:
             if self.culprit is None:
-                self.problem = f"{type(self.learn).__name__} failed on trial: {_in_short(error)}"
+                self.problem = f"{type(self.learn).__name__} failed in the trial run: {_in_short(error)}"
         finally:
             for handle in handles:
                 handle.remove()
@@ -167,7 +167,7 @@ class _Trial:
         try:
             yield
         except BaseException as error:
-            self.culprit, self.problem = cb, f"{type(cb).__name__}.{event} failed on trial: {_in_short(error)}"
+            self.culprit, self.problem = cb, f"{type(cb).__name__}.{event} failed in the trial run: {_in_short(error)}"
             raise
         finally:
             self.events -= 1
@@ -181,7 +181,8 @@ class _Trial:
 
 def _in_short(error: BaseException) -> str:
     """Return an error in one line, without what fastai puts in front of a callback's."""
-    return f"{type(error).__name__}: {str(error).rpartition('`:' + chr(10) + chr(9))[2].partition(chr(10))[0]}"
+    message = str(error).rpartition("`:" + chr(10) + chr(9))[2].partition(chr(10))[0]
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 @contextlib.contextmanager

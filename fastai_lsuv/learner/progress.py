@@ -1,4 +1,4 @@
-"""A progress bar like those of fastai, where LSUV takes its time."""
+"""A progress bar like those of fastai, if LSUV takes a while."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _PATIENCE = 3.0  # seconds without a bar
 
 @contextmanager
 def progress_of(learn: Learner, with_bar: bool = True) -> Iterator[Callable[[], None] | None]:
-    """Give what is to be called each time a layer has run: a bar shows after some seconds, and goes with the block.
+    """Yield what to call each time a layer has run; a bar appears after some seconds and goes away with the block.
 
-    None where bars aren't wanted, or the Learner has none.
+    Yield None if bars aren't wanted or the Learner has none.
     """
     if not (with_bar and learn._grab_cbs(ProgressCallback)):
         yield None
@@ -33,13 +33,13 @@ def progress_of(learn: Learner, with_bar: bool = True) -> Iterator[Callable[[], 
 
 
 def _expected_calls(model: nn.Module) -> int:
-    """How often layers run: all with parameters in the first pass, those with a matrix in the two that follow."""
+    """Return how often layers run: all with parameters in the first pass, those with a matrix in the next two."""
     own = [[*m.parameters(recurse=False)] for m in model.modules()]
     return sum(bool(parameters) + 2 * any(p.dim() > 1 for p in parameters) for parameters in own)
 
 
 class _LateBar:
-    """Counts to `total`, and beyond where blocks are iterated."""
+    """Counts to `total`; where blocks are iterated, it goes on counting but stops just before the end of the bar."""
 
     def __init__(self, total: int) -> None:
         self.total, self.n, self.started = total, 0, time.time()

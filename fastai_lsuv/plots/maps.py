@@ -32,7 +32,7 @@ def plot_dead(
     """Draw how much is dead: a row a layer, the first one on top, a column a training record.
 
     Of each layer the share of near-zero activations, or of dead units, whichever is larger: what a functional ReLU
-    kills in the layer before it isn't near zero there. The scale is 0 to 100 % in every figure. A layer that wasn't
+    kills in the layer before it isn't near zero there. The scale is 0 to 100% in every figure. A layer that wasn't
     called in a record leaves a hatched patch there.
     """
     layers = list(frame["layer"].unique())

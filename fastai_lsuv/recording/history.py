@@ -18,9 +18,10 @@ INDEX = ("fit", "epoch", "step", "phase")
 # Of all training records: extremes of the std and the near-zero share; of those of the last fit, sums of the updates.
 _RUNNING = ("first_std", "last_std", "min_std", "max_std", "max_near_zero", "sum_update", "n_changes", "n_updates")
 _OF_FIT = _RUNNING.index("sum_update")  # from here on
+# A terminal that is too narrow shows the first and the last columns.
 _SHOWN = (
-    "type", "first_std", "last_std", "min_std", "max_std", "max_near_zero", "last_mean", "signal", "dead_units",
-    "last_update", "verdict", "because",
+    "verdict", "type", "first_std", "last_std", "min_std", "max_std", "max_near_zero", "last_mean", "dead_units",
+    "last_update", "signal", "because",
 )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ class CSVLog:
     def _continue(self) -> None:
         found = list(pd.read_csv(self.path, nrows=0).columns)
         if found != self.columns:
-            raise ValueError(f"fname={str(self.path)!r} has the columns {found}: not {self.columns}")
+            raise ValueError(f"fname={str(self.path)!r} is a file with the columns {found}: expected {self.columns}")
         old = pd.read_csv(self.path, usecols=["fit", "step"])
         if len(old):
             self.fits, self.steps = int(old["fit"].max()) + 1, int(old["step"].max()) + 1

@@ -1,4 +1,4 @@
-"""How a recorded history is read: frames, fastai's `ActivationStats` interface, figures."""
+"""How recorded statistics are read: as frames, by fastai's `ActivationStats` interface, as figures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastai_lsuv.recording.verdicts import WORKS
 
 
 class Reading:
-    """The reading half of `ActivationStatsRecorder`. A layer is given by its index in `layer_names`, or its name."""
+    """The reading half of `ActivationStatsRecorder`. Layers are given by name, or by index in `layer_names`."""
 
     _history: History
     with_hist: bool
@@ -28,40 +28,50 @@ class Reading:
         """Bring the history up to date."""
 
     @property
-    def layer_names(self) -> list[str]:  # as in `named_modules`; empty before the first fit
-        """Names of the layers in the model, in the order in which they are registered in it."""
+    def layer_names(self) -> list[str]:  # as in `named_modules()`; empty before the first fit
+        """The names of the recorded layers, in the order in which the model registers them."""
         return list(self._history.names)
 
-    def to_frame(self) -> pd.DataFrame:  # tidy: one record of one layer a row
-        """All records held, one row per record and layer.
+    def to_frame(self) -> pd.DataFrame:  # tidy: one row per record and layer
+        """Return all records held, one row per record and layer.
 
-        `mean` and `std` of the output; `near_zero`, the share of it that is; `sparsity`, the share that is nearly zero
-        beside the std; `at_limit`, the share of sizes near the largest; `signal`, the part of the std that is due to
-        the input (the std over the batch at the same place, in the whole std); `update`, the size of the step's change
-        of the layer's parameters beside their size, NaN where none trains; `dead_units`, the share of an activation's
-        channels that have not fired yet in the epoch's recorded batches (with `every=1` in all of them), NaN of other
-        layers. Of an activation that is a function only a ReLU's are known: in the row of the layer before it, from
-        the second record of a fit on. With gradients also `grad_mean` and `grad_std`.
+        `fit` and `epoch` count from 0. `step` counts training batches over all fits. `phase` is `train` or `valid`. A
+        layer that did not run in a batch has no row for it. The other columns are
 
-        `fit` counts from 0; `step` counts the training batches of all fits; `phase` is `train` or `valid`; a layer that
-        did not run in a batch has no row.
+        * `mean`, `std`: of the layer's output
+        * `near_zero`: the share of values near zero, as the option `near_zero` defines it
+        * `sparsity`: the share of values within 5% of the layer's std around zero
+        * `at_limit`: the share of values whose size is close to the largest
+        * `signal`: the share of the std that is due to the input: the std over the batch at the same place, divided by
+          the whole std
+        * `update`: the size of the step's weight update relative to the size of the weights, ‖Δw‖/‖w‖; NaN for layers
+          with nothing to train
+        * `dead_units`: the share of an activation's channels that have not fired yet in the epoch's recorded batches
+          (with `every=1`, in any batch); NaN for other layers. Of functional activations only ReLU is recognised; its
+          share is in the row of the layer before it, from the second record of a fit on
+        * `grad_mean`, `grad_std`: of the gradient of the output, if recorded `with_grad`
         """
         self._flush()
         return self._history.frame()
 
-    def summary(self) -> pd.DataFrame:  # by the layers' names
-        """One row per layer that ran: its `type`; `first_std`, `last_std`, `min_std`, `max_std` and `max_near_zero` of
-        all training records ever made; of its latest, `last_mean`, `signal`, `dead_units` (over the last epoch) and
-        `last_update`; and a `verdict`, `because` of such a number: see `fastai_lsuv.recording.verdicts.verdicts`.
+    def summary(self) -> pd.DataFrame:  # indexed by layer name
+        """Return one row per layer that ran, with a `verdict` on it and the number behind it, `because`.
+
+        The rules are in `fastai_lsuv.recording.verdicts.verdicts`. `first_std`, `last_std`, `min_std`, `max_std` and
+        `max_near_zero` cover all training records ever made. `last_mean`, `signal`, `dead_units` (over the last epoch)
+        and `last_update` are from the latest record; verdicts on updates go by their mean over the last fit instead.
+
+        A terminal shows the verdict first and the reason last, and leaves out columns in between that don't fit;
+        `print(recorder.summary().to_string())` shows them all.
         """
         self._flush()
         return self._history.summary()
 
-    # as fastai's `ActivationStats`: of training records
+    # The interface of fastai's `ActivationStats`, for training records.
 
     @property
-    def stats(self) -> L:  # of each training record an `L` of each layer's dictionary
-        """All statistics, as `stats[record][layer]["std"]`; as of fastai's `ActivationStats`."""
+    def stats(self) -> L:  # for each training record, an `L` with a dictionary for each layer
+        """All statistics as `stats[record][layer]["std"]`, like those of fastai's `ActivationStats`."""
         mean, std, near_zero = (column.tolist() for column in self._series())
         hists = torch.from_numpy(self._values("hist")) if self.with_hist else None
         return L(
@@ -76,8 +86,8 @@ class Reading:
     def layer_stats(
         self,
         layer: int | str,  # index in `layer_names`, or name
-    ) -> L:  # of means, stds and near-zero shares, an `L` of each over the training records
-        """Statistics of one layer over the training; as of fastai's `ActivationStats`.
+    ) -> L:  # means, stds and near-zero shares: an `L` of each, over the training records
+        """Return the statistics of one layer over training, like fastai's `ActivationStats`.
 
         Raises:
             KeyError: no layer of that name is recorded.
@@ -90,10 +100,10 @@ class Reading:
         self,
         layer: int | str,  # index in `layer_names`, or name
     ) -> Tensor:  # (bins, training records)
-        """Histograms of one layer over the training, as log(1 + count); as of fastai's `ActivationStats`.
+        """Return the histograms of one layer over training, as log(1 + count), like fastai's `ActivationStats`.
 
         Raises:
-            ValueError: recorded without `with_hist`.
+            ValueError: no histograms were recorded (`with_hist`).
             KeyError: no layer of that name is recorded.
             IndexError: there are fewer layers.
         """
@@ -105,8 +115,8 @@ class Reading:
     def plot_layer_stats(
         self,
         layer: int | str,  # index in `layer_names`, or name
-    ) -> Figure:  # of matplotlib
-        """Draw all that was recorded of one layer over the training; as fastai's `ActivationStats` does, and more.
+    ) -> Figure:  # a matplotlib figure
+        """Plot everything recorded of one layer over training: what fastai's `ActivationStats` plots, and more.
 
         Raises:
             KeyError: no layer of that name is recorded.
@@ -118,13 +128,13 @@ class Reading:
 
     def color_dim(
         self,
-        layer: int | str | None = None,  # index in `layer_names`, or name; `None`: all layers, in one figure
-        ax: Axes | None = None,  # draw one layer here
+        layer: int | str | None = None,  # index in `layer_names`, or name; `None`: all layers in one figure
+        ax: Axes | None = None,  # draw one layer on these axes
     ) -> Figure | Axes:  # the axes, if given
-        """Draw the fast.ai course's "colourful dimension", histograms over the training; as `ActivationStats` does.
+        """Plot histograms over training, the fast.ai course's "colourful dimension", as `ActivationStats` does.
 
         Raises:
-            ValueError: recorded without `with_hist`.
+            ValueError: no histograms were recorded (`with_hist`).
             KeyError: no layer of that name is recorded.
             IndexError: there are fewer layers.
         """
@@ -133,14 +143,14 @@ class Reading:
         name = self.layer_names[self._history.place(layer)]
         return plot_hist(self.hist(layer), self._records(), name, HIST_RANGE, ax)
 
-    # figures of all layers
+    # Figures of all layers.
 
     def plot_stats(
         self,
-        *others: Reading,  # recorders of other runs of the network, to be drawn beside this one on the same scales
-        names: Sequence[str] = (),  # of all runs; by default they are numbered
-    ) -> Figure:  # of matplotlib
-        """Draw the statistics of all layers over the training, with the band of updates that are known to work."""
+        *others: Reading,  # recorders of other runs of the same network, drawn beside this one on the same scales
+        names: Sequence[str] = (),  # of all runs; numbered by default
+    ) -> Figure:  # a matplotlib figure
+        """Plot the statistics of all layers over training, with a band where good learning rates put the updates."""
         runs = (self, *others)
         activations = {name for run in runs for name, layer in run._history.layers.items() if not layer.has_parameters}
         if not others:
@@ -148,8 +158,8 @@ class Reading:
         titles = names or [f"run {i + 1}" for i in range(len(runs))]
         return plot_runs({title: run.to_frame() for title, run in zip(titles, runs, strict=True)}, activations, WORKS)
 
-    def dead_chart(self) -> Figure:  # of matplotlib
-        """Draw how much of each layer is dead over the training, after the fast.ai course's chart."""
+    def dead_chart(self) -> Figure:  # a matplotlib figure
+        """Plot the near-zero share of every layer over training, after the fast.ai course's chart."""
         return plot_dead(self.to_frame())
 
     def _values(self, column: str) -> Floats:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastai_lsuv.core.signal import distance
 
-# A sample of a large output: mean and std are then within 2 % of the std, for a cost that doesn't grow with the output.
+# A sample of a large output: mean and std are then within 2% of the std, for a cost that doesn't grow with the output.
 SAMPLE = 2**15  # values, or somewhat more or less
 FEW = 2**12  # of these, or so, for the share near zero and a histogram
 FEWER = 2**10  # of those, or so, for what only a verdict is made from

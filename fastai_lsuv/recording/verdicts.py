@@ -34,10 +34,10 @@ HEALTHY = Verdict("healthy")
 REMEDIES = {  # of all verdicts but `healthy`, the gravest first
     "exploding": "Lower the learning rate, clip gradients, or initialise with LSUV",
     "dying": "Lower the learning rate, or initialise with LSUV",
-    "vanishing": "Initialise so that the signal comes through: LSUVCallback(init='auto')",
-    "dead units": "Lower the learning rate, or use an activation with a slope on both sides",
+    "vanishing": "Initialise with LSUVCallback(init='auto'), so that the signal comes through",
+    "dead units": "Lower the learning rate, or use an activation that has a slope on both sides, such as leaky ReLU",
     "too fast": "Lower the learning rate",
-    "not learning": "Raise the learning rate, or see whether the optimizer has this layer",
+    "not learning": "Raise the learning rate, or check that the optimizer has this layer's parameters",
     "saturated": "Initialise with LSUV, or lower the learning rate",
 }
 
@@ -66,18 +66,20 @@ class Facts:
 
 
 def verdicts(layers: Sequence[Facts]) -> list[Verdict]:
-    """Return what is wrong with each layer, in order, by the first of these rules that applies to it.
+    """Return the verdict on each layer, in order: the first of these rules that applies to it.
 
-    `exploding`: the std is above 1,000, or above 100 times its first value (and 100), or not finite.
-    `dying`: 95 % of the outputs are nothing (within 5 % of the layer's own std), whatever its scale.
-    `dead units`: half of an activation's channels did not fire once in an epoch.
-    `vanishing`: the std is below 0.001, or below 1 % of its first value; or less than a tenth of it is due to the
-    input, here and in all later layers. Said of layers with parameters and of PyTorch's activations.
-    `too fast`: a step changes the weights by more than 6 % of their size, of this layer and of most others, in the mean
-    over a fit (a few may begin so small that they have to).
-    `not learning`: it changes them by less than 0.003 %. Both are said of matrices and convolutions.
-    `saturated`: 35 % of the outputs are within 5 % of the largest size, as of a tanh or sigmoid driven too hard.
-    `healthy`: none of these.
+    * `exploding`: the std is above 1,000, above 100 times its first value (and above 100), or not finite.
+    * `dying`: 95% of the outputs are negligible, that is, within 5% of the layer's own std around zero.
+    * `dead units`: half of an activation's channels did not fire once in an epoch.
+    * `vanishing`: the std is below 0.001 or below 1% of its first value; or less than a tenth of it is due to the
+      input, here and in all later layers. Only for layers with parameters and PyTorch's activations.
+    * `too fast`: on average over a fit, a step changes the layer's weights by more than 6% of their size, and those of
+      most other layers as well (a few layers may start so small that they have to change by that much).
+    * `not learning`: on average over a fit, a step changes the weights by less than 0.003% of their size. Like
+      `too fast`, only for layers with matrices or convolution kernels.
+    * `saturated`: the size of 35% of the outputs is within 5% of the largest, as in a tanh or sigmoid whose inputs are
+      too large. Only for layers without parameters.
+    * `healthy`: none of these holds.
     """
     found: list[Verdict] = []
     is_fast = median([x.mean_update for x in layers if _moves(x)] or [0.0]) > LEARNING[1]
@@ -96,30 +98,30 @@ def _moves(x: Facts) -> bool:
 
 def _verdict(x: Facts, is_lost: bool, is_fast: bool) -> Verdict:
     slow, fast = LEARNING
-    since = f"std {x.last_std:.2g}, {x.first_std:.2g} at first"
-    per_step = f"update {x.mean_update:.2g} of the weight per step"
+    since = f"std from {x.first_std:.2g} to {x.last_std:.2g}"
+    per_step = f"mean update {x.mean_update:.2g}"
     rules = (
         ("exploding", x.last_std > min(EXPLODING, CHANGE * max(x.first_std, 1.0)), since),
-        ("dying", x.sparsity >= DYING, f"{x.sparsity:.0%} of the outputs are nothing beside its std"),
-        ("dead units", x.is_known and x.dead_units >= DEAD, f"{x.dead_units:.0%} did not fire in an epoch"),
+        ("dying", x.sparsity >= DYING, f"{x.sparsity:.0%} of outputs negligible"),
+        ("dead units", x.is_known and x.dead_units >= DEAD, f"{x.dead_units:.0%} of units never fired"),
         ("vanishing", x.is_known and x.last_std < max(VANISHING, x.first_std / CHANGE), since),
-        ("vanishing", x.is_known and is_lost and x.signal < SIGNAL_LOST, f"{x.signal:.1%} of the std is of the input"),
+        ("vanishing", x.is_known and is_lost and x.signal < SIGNAL_LOST, f"signal {x.signal:.1%}"),
         ("too fast", _moves(x) and is_fast and x.mean_update > fast, per_step),
         ("not learning", _moves(x) and x.mean_update < slow, per_step),
-        ("saturated", not x.has_parameters and x.at_limit >= SATURATED, f"{x.at_limit:.0%} are at the limit"),
+        ("saturated", not x.has_parameters and x.at_limit >= SATURATED, f"{x.at_limit:.0%} of outputs at the limit"),
     )
     return next((Verdict(name, because) for name, applies, because in rules if applies), HEALTHY)
 
 
 def diagnosis(layers: Mapping[str, Facts], among: Container[str] = tuple(REMEDIES)) -> str:
-    """Return the gravest of these verdicts, the first layer that has it, and a remedy; empty if none has any.
+    """Return the gravest of these verdicts, the first layer that has it, and a remedy; empty if no layer has any.
 
-    A layer without signal, say, gets no gradient either: that it doesn't learn is not what ails the network.
+    The gravest, because it tends to cause the others: a layer without signal, say, doesn't learn either.
     """
     each = zip(layers, verdicts([*layers.values()]), strict=True)
     found = [(name, verdict) for name, verdict in each if verdict.name in among]
     if not found:
         return ""
     name, gravest = min(found, key=lambda pair: [*REMEDIES].index(pair[1].name))
-    more = f"; {len(found) - 1} more layers aren't healthy" if len(found) > 1 else ""
-    return f"{name or '(model)'} {gravest.name} ({gravest.because}){more}. {REMEDIES[gravest.name]}"
+    more = f"; {len(found) - 1} more layer{'s are' if len(found) > 2 else ' is'} unhealthy" if len(found) > 1 else ""
+    return f"{name or '(model)'}: {gravest.name} ({gravest.because}){more}. {REMEDIES[gravest.name]}"

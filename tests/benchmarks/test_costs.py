@@ -33,7 +33,7 @@ def test_forward_passes(benchmark, name):
         assert turns.ratio("correcting") <= 1.25
 
 
-FEW = pytest.mark.xfail(reason="the package, content with 10 %, has little to correct in it: 31 passes")
+FEW = pytest.mark.xfail(reason="the package, content with 10%, has little to correct in it: 31 passes")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=FEW if name == "VGG-16-BN" else ()) for name in MODELS])

@@ -35,7 +35,7 @@ def test_healthy_weights_are_kept_to_the_bit(batch):
     assert parameter_bits(auto) == parameter_bits(plain)
     assert row_values(report) == row_values(expected)
     assert report.n_forward == 3
-    assert report.init == "your own weights"
+    assert report.init == "kept your weights: healthy after plain LSUV"
 
 
 @pytest.mark.parametrize("act", [nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU])
@@ -110,9 +110,9 @@ def test_frozen_and_excluded_layers_keep_their_weights(batch):
 
 def test_it_says_what_was_taken_and_why(batch):
     report = lsuv_(made(100, 16, nn.Tanh), batch, init="auto")
-    assert re.match(r"(looks_linear_|delta_orthogonal_), std=0\.3", report.init)
-    assert "plain LSUV: gradient explodes towards conv1" in report.init
-    assert f'init="auto" took {report.init}' in report.summary()
+    assert re.match(r"chose (looks_linear_|delta_orthogonal_), std=0\.3", report.init)
+    assert report.init.endswith("(after plain LSUV: gradient explodes towards conv1)")
+    assert f'init="auto" {report.init}' in report.summary()
     assert report.std < 1
 
 
@@ -160,7 +160,7 @@ def test_what_is_no_function_of_each_value_is_no_activation():
 
 def test_a_convnet_with_norms_is_left_alone():
     report = lsuv_(convnet(), images(), init="auto")
-    assert report.init == "your own weights"
+    assert report.init == "kept your weights: healthy after plain LSUV"
 
 
 @pytest.mark.parametrize("init", ["orthogonal", 3, "Auto"])

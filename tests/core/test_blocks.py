@@ -128,7 +128,7 @@ def test_a_tied_bias_alone_does_not_move_twice():
 
 
 def test_conv_and_relu_as_children_live_on():
-    "Driving the mean of a rectified output to 0 kills it (10 steps leave 9 % active): only its std is set."
+    "Driving the mean of a rectified output to 0 kills it (10 steps leave 9% active): only its std is set."
     x = images()
     net = ready(conv_relu(), x)
     report = lsuv_(net, x, modules=nn.Module.children)

@@ -93,7 +93,7 @@ def test_where_no_gradient_comes_through_it_is_nan(part):
     report = lsuv_(net, torch.randn(80, 10))
     assert len(report) == 2
     assert math.isnan(report[0].grad_after)
-    assert report.verdict == "healthy"
+    assert report.verdict == ("not judged" if part is ToNumpy else "healthy"), "frozen layers aren't judged"
 
 
 def test_everything_frozen():

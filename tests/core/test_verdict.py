@@ -29,13 +29,15 @@ def of(signals, growth=None, n_norms=0):
         (of([0.0, 0.0]), "signal lost from l0 on"),
         (of([0.9, 0.05, 0.8, 0.7]), "healthy"),  # a gate that is nearly constant
         (of([0.9, 0.05, 0.8, 0.02]), "healthy"),  # a head whose inputs have a mean
-        (of([NAN, NAN]), "healthy"),
-        (of([]), "healthy"),
+        (of([NAN, NAN]), "not judged"),
+        (of([]), "not judged"),
         (of([0.9] * 4, growth=[2 * EXPLODES, 9.0, 3.0, 1.0]), "gradient explodes towards l0"),
         (of([0.9] * 4, growth=[2 * EXPLODES, 9.0, 3.0, 1.0], n_norms=4), "healthy"),
         (of([0.9] * 8, growth=[EXPLODES / 2, 2 * EXPLODES, *[1.0] * 6]), "gradient explodes towards l1"),
         (of([0.9] * 4, growth=[VANISHES / 2, 0.1, 0.3, 1.0]), "gradient vanishes towards l0"),
         (of([0.9] * 4, growth=[NAN, NAN, 0.3, 1.0]), "healthy"),
+        (of([NAN] * 4, growth=[2 * EXPLODES, 9.0, 3.0, 1.0]), "gradient explodes towards l0"),
+        (of([NAN] * 4, n_norms=4), "not judged"),
         (of([0.9] * 4, growth=[0.0, 0.0, 0.3, 1.0]), "gradient vanishes towards l0"),
         (of([0.05] * 4, growth=[2 * EXPLODES, 9.0, 3.0, 1.0]), "signal lost from l0 on"),
     ],
@@ -53,6 +55,7 @@ def test_the_remedy_goes_with_it():
     assert "norms" in remedy(of([0.9] * 4, n_norms=4), Options())
     assert remedy(of([0.9] * 4), Options()) == ""
     assert remedy(of([]), Options()) == ""
+    assert "several inputs" in remedy(of([NAN] * 4, n_norms=4), Options())
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +164,20 @@ def test_a_network_of_which_nothing_can_be_corrected_is_not_judged():
             return self.rnn(x)[0]
 
     report = lsuv_(Recurrent(), torch.randn(16, 5, 8))
-    assert (report.verdict, report.remedy) == ("healthy", "")
+    assert (report.verdict, report.remedy) == ("not judged", "")
+
+
+@pytest.mark.parametrize("n_out", [1, 3])
+def test_a_batch_of_one_shows_no_signal(n_out):
+    report = lsuv_(mlp(10, 32, n_out), rows(1))
+    assert report.verdict == "not judged", report
+    assert report.summary().endswith("; not judged (the signal can only be measured on several inputs)")
+
+
+def test_auto_keeps_the_weights_of_a_network_that_cannot_be_judged():
+    report = lsuv_(mlp(10, 32, 3), rows(1), init="auto")
+    assert report.init == "kept your weights: not judged after plain LSUV"
+    assert report.n_forward == 3
 
 
 def test_of_a_layer_that_is_called_often_the_strongest_gradient_counts():

@@ -61,7 +61,7 @@ def test_a_wrong_call_says_what_is_wrong_and_shows_no_numbers(case):
 def test_an_error_of_the_model_s_own_gets_no_hint_on_the_batch():
     with pytest.raises(RuntimeError) as e:
         lsuv_(mlp(10, 8, 3), (rows()[:, :5],))
-    assert str(e.value).endswith("the model is as it was")
+    assert str(e.value).endswith("the model is unchanged")
 
 
 def test_an_input_may_be_empty_beside_one_that_is_not():

@@ -194,5 +194,5 @@ def test_workers_fetch_what_only_they_can(loader):
 def test_a_loader_without_workers_fails_with_the_data_s_own_error():
     dls = DataLoaders(*(tud.DataLoader(Stored(48), 16) for _ in range(2)))
     learn = learner(dls, net(), metrics=[])
-    with pytest.raises(TypeError, match="(?s)not subscriptable.*while it took a batch from DataLoader"):
+    with pytest.raises(TypeError, match="(?s)not subscriptable.*while taking a batch from DataLoader"):
         learn.lsuv_init()

@@ -377,7 +377,7 @@ class Settings(Affine):
 def test_settings_for_all_are_set_back(recwarn):
     learn = learner(loaders(), small_cnn(), cbs=Settings())
     before = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), list(warnings.filters)
-    with pytest.warns(UserWarning, match="Settings.before_batch failed on trial"):
+    with pytest.warns(UserWarning, match="Settings.before_batch failed in the trial run"):
         learn.lsuv_init()
     assert (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), list(warnings.filters)) == before
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 from collections import OrderedDict
 from contextlib import suppress
@@ -164,7 +165,7 @@ def test_also_where_a_learner_keeps_no_record(make):
 def test_the_sign_is_named(make, capsys):
     said = []
     for norm, part in (
-        (nn.BatchNorm2d, "batch norm '0.1' has counted 3 batches"),
+        (nn.BatchNorm2d, "batch norm `0.1` has counted 3 batches"),
         (None, "this Learner has trained it"),
     ):
         learn = make(model=small_cnn(norm), opt_func=SGD)
@@ -543,3 +544,36 @@ def test_the_callback_s_options_and_batch_are_the_defaults_of_lsuv_init(make):
         out = learn.model[0][0](batch[0])
     assert out.std().item() == pytest.approx(0.5, abs=1e-3)
     assert [row.name for row in learn.lsuv_init(exclude=None, std=2)] == ["0.0", "0.2", "1.0", "1.3"]
+
+
+# --- initialised on request -------------------------------------------------------------------------------------------
+
+
+def warned_by_lsuv_init(learn, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        learn.lsuv_init(**options)
+    return [str(w.message) for w in caught if "lsuv_init" in str(w.message)]
+
+
+def test_lsuv_init_warns_that_it_overwrote_what_was_trained(make):
+    learn = make(small_cnn(nn.BatchNorm2d))
+    assert not warned_by_lsuv_init(learn)
+    learn.fit(1)
+    (line,) = warned_by_lsuv_init(learn)
+    assert line.startswith("lsuv_init() overwrote a network that looks trained (batch norm `0.1` has counted 3 ")
+
+
+def test_it_warns_where_lsuv_came_before_the_training_as_well(make):
+    learn = make(cbs=LSUVCallback())
+    learn.fit(1)
+    (line,) = warned_by_lsuv_init(learn)
+    assert "(the optimizer has made steps)" in line
+
+
+def test_it_does_not_warn_of_a_new_head_or_a_diagnosis(make):
+    learn = make()
+    learn.fit(1)
+    assert not warned_by_lsuv_init(learn, mean=None, std=None)
+    learn.freeze()
+    assert not warned_by_lsuv_init(learn)

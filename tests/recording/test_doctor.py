@@ -52,14 +52,14 @@ def test_nothing_is_said_of_a_healthy_training(capsys):
 def test_the_first_layer_of_the_gravest_kind_is_named_with_a_remedy(capsys):
     fitted(Explodes(5))
     (line,) = lines(capsys)
-    assert "0.2 exploding (std" in line and "learning rate" in line
+    assert "0.2: exploding (std" in line and "learning rate" in line
 
 
 def test_not_learning(capsys):
     "No layer at this learning rate is healthy but those without weights."
     _, rec = fitted(lr=1e-7)
     (line,) = lines(capsys)
-    assert "0.0 not learning (update" in line and "Raise the learning rate" in line
+    assert "0.0: not learning (mean update" in line and "Raise the learning rate" in line
     of_weights = rec.summary().loc[lambda s: s.last_update.notna()]
     assert set(of_weights.verdict) == {"not learning"}
 
@@ -101,7 +101,7 @@ def test_it_ends_the_fit_in_the_batch_in_which_it_happens(stop_on, capsys):
     (line,) = lines(capsys)
     assert "stopped after step 5" in line
     if not callable(stop_on):
-        assert "0.2 exploding" in line
+        assert "0.2: exploding" in line
     assert learn.opt is not None and not any(p.grad is not None and p.grad.any() for p in learn.model.parameters())
     learn.fit(1)
     assert rec.to_frame().fit.max() == 1, "the next fit is another matter"

@@ -1,4 +1,4 @@
-"""Statistics are those of each layer's own output: whole and exact if small, within 2 % of the std if sampled."""
+"""Statistics are those of each layer's own output: whole and exact if small, within 2% of the std if sampled."""
 
 from collections import OrderedDict
 
@@ -145,7 +145,7 @@ SHAPES = [
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "transposed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_sampled_without_aliasing(shape, layout):
-    "Mean and std within 2 % of the std, the near-zero share within two points, in whichever order the values lie."
+    "Mean and std within 2% of the std, the near-zero share within two points, in whichever order the values lie."
     xs = dict(patterns(shape))
     if layout == "channels last":
         if len(shape) != 4:

@@ -19,6 +19,7 @@ from fastai_lsuv.recording.verdicts import LEARNING, WORKS
 
 VERDICTS = {"exploding", "dying", "dead units", "vanishing", "too fast", "not learning", "saturated", "healthy"}
 COLUMNS = [
+    "verdict",
     "type",
     "first_std",
     "last_std",
@@ -26,10 +27,9 @@ COLUMNS = [
     "max_std",
     "max_near_zero",
     "last_mean",
-    "signal",
     "dead_units",
     "last_update",
-    "verdict",
+    "signal",
     "because",
 ]
 
