@@ -33,7 +33,7 @@ SHARES = ("near_zero", "signal", "dead_units", *OF_ONE)
 ALWAYS = ("mean", "std", "near_zero")  # have a panel even if there is nothing to draw
 
 DASHES = ("-", "--", "-.")
-WORKS, BAND = "#E3F1E7", "\n(green: known to work)"
+WORKS, BAND = "#E3F1E7", ";\ngreen: known to work"
 MAX_NAMED = 10  # layers that each have a dash and a name of their own
 MAX_POINTS = 250  # of one curve; of more records, it shows the medians of stretches
 

@@ -108,9 +108,10 @@ def _name_scale(axis: Axis) -> None:
         axis.set_label_text(f"{label}\n(log beyond ±{transform.linthresh:g})")
 
 
-def legend(ax: Axes) -> None:
+def legend(ax: Axes, columns: int = 5) -> None:
     """Above the axes, where it covers no curve."""
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, frameon=False, borderaxespad=0.2, columnspacing=1.2)
+    at: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+    ax.legend(ncols=columns, frameon=False, columnspacing=1.2, **at)
 
 
 def mark_level(ax: Axes, y: float, label: str, dash: str = "--") -> None:
