@@ -52,6 +52,7 @@ def heatmap(ax: Axes, values: pd.DataFrame, title: str) -> None:
     ax.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     ticks = {"xticks": range(values.shape[1]), "yticks": range(values.shape[0])}
     ax.set(**ticks, xticklabels=values.columns, yticklabels=values.index, title=title)
+    ax.tick_params(axis="x", labelsize="small")
 
 
 def write_values(ax: Axes, values: pd.DataFrame) -> None:
