@@ -413,7 +413,11 @@ def test_two_runs_stand_side_by_side():
     assert [ax.get_ylim() for ax in before] == [ax.get_ylim() for ax in after]
     assert len({ax.get_xlim() for ax in of_both}) == 1
     drawn(fig)
-    assert "std in the end 1.1 with before, 1 to 1.1 with after" in words(fig)
+    runs = {
+        "before": made(2).assign(std=0.5),
+        "after": made(2).assign(std=lambda f: 1.0 + 2 * (f.layer == "layers.0.conv")),
+    }
+    assert "std in the end 0.5 with before, 1 to 3 with after" in words(plot_runs(runs))
 
 
 def kinds():
