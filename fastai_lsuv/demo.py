@@ -96,7 +96,7 @@ def main(
     report = learners[after].lsuv_report.to_frame().set_index("name")
     stds = report[["std_before", "std_after"]].set_axis(RUNS, axis=1)
     accuracies = pd.DataFrame({run: _accuracies(learn) for run, learn in learners.items()})
-    accuracies.index = pd.RangeIndex(1, args.epochs + 1, name="epoch")
+    accuracies.index.name = "epoch"  # counted from 0, as in fastai's table
     activations = args.out.with_stem(f"{args.out.stem}_activations")
 
     plot_demo(stds, accuracies, chance=1 / learners[before].dls.c).savefig(args.out, dpi=120)

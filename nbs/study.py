@@ -6,7 +6,7 @@
 Each run initialises a network on 256 images, measures it there, trains it for one epoch of `fit_one_cycle` with Adam on
 8,000 images of 14x14, and counts its right answers on the 10,000 validation images. Results go to `nbs/study.csv`, one
 line a run; runs that are there already are not made again, so that an interrupted study goes on where it was. Tables and
-figures are made from that file by `study_results.py`.
+figures are made from that file by `study_results.py` and `study_figures.py`.
 """
 
 import argparse

@@ -1,28 +1,23 @@
-"""What the study found: tables with 95 % confidence intervals, tests, and figures, from `study.csv`.
+"""What the study found: tables with 95 % confidence intervals, and tests, from `study.csv`.
 
-    python nbs/study_results.py    # prints the tables, and draws the figures beside this file
+    python nbs/study_results.py    # prints them
 
 A *cell* is a network before it has weights: kind, activation, depth, width. Each way to initialise it counts at the
 better of its learning rates.
 """
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 from scipy import stats
 from sklearn.metrics import roc_auc_score
-from study import CSV, LSUV, PLAIN, read
-from study_networks import ACTIVATIONS, NETS
+from study import LSUV, PLAIN, read
+from study_networks import NETS
 
-HERE = CSV.parent
 CELL = ["net", "act", "depth", "width"]
 N_VALID = 10_000  # images
 LOST, DEAD, EXPLODES = 0.1, 1e-6, 12  # signal, std and growth at which the verdict changes
-COLORS = ["#D55E00", "#56B4E9", "#0072B2", "#009E73"]  # told apart by colour-blind eyes (Okabe & Ito)
-STYLES = ["o:", "s--", "^-.", "D-"]
+FAILS = 0.5  # share of the best of its cell
+COMPARED = ["default", "LSUV", "LSUV mirrored", "LSUV auto"]
 
 # --- accuracies -----------------------------------------------------------------------------------------------------
 
@@ -89,7 +84,7 @@ def networks(df: pd.DataFrame) -> pd.DataFrame:
     found = df.sort_values("accuracy").groupby([*CELL, "init", "seed"]).tail(1)
     best = found.groupby(CELL).accuracy.transform("max")
     share = found.accuracy / best
-    return found.assign(share=share, fails=share < 0.5)[(best > 0.3) & (found.init != "LSUV auto")]
+    return found.assign(share=share, fails=share < FAILS)[(best > 0.3) & (found.init != "LSUV auto")]
 
 
 def score(found: pd.DataFrame) -> pd.Series:
@@ -124,65 +119,6 @@ def verdicts(found: pd.DataFrame) -> pd.DataFrame:
     return found.groupby(kind).agg(networks=("fails", "size"), fail=("fails", "sum"), share=("share", "median"))
 
 
-# --- figures --------------------------------------------------------------------------------------------------------
-
-
-def plot_signal(found: pd.DataFrame) -> Figure:
-    "Accuracy, as a share of the best of its cell, over the signal, coloured by the gradient."
-    fig, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    grad, seen = found.growth.astype(float).clip(1e-4, 1e4), found.left.where(found["std"] > DEAD, 0).clip(1e-3)
-    for norms, marker in ((False, "o"), (True, "D")):
-        part = found[found.has_norms == norms]
-        points = ax.scatter(
-            seen[part.index], part.share, c=grad[part.index], norm=LogNorm(1e-4, 1e4), cmap="coolwarm", s=22,
-            marker=marker, edgecolors="black", linewidths=0.4, label="with norms" if norms else "without norms",
-        )  # fmt: skip
-    ax.axhline(0.5, color="grey", linewidth=0.8, linestyle="--")
-    ax.axvline(LOST, color="grey", linewidth=0.8, linestyle="--")
-    ax.set(xscale="log", xlabel="signal times spread at the end, before training", ylim=(0, 1.05))
-    ax.set_ylabel("accuracy after training,\nas a share of the best of its kind")
-    ax.legend(loc="upper left")
-    fig.colorbar(points, label="gradient at the first layer (growth)", extend="both")
-    return fig
-
-
-def heatmap(ax: Axes, values: pd.DataFrame, title: str) -> None:
-    ax.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-    ticks = {"xticks": range(values.shape[1]), "yticks": range(values.shape[0])}
-    ax.set(**ticks, xticklabels=values.columns, yticklabels=values.index, title=title)
-    for i, j in np.ndindex(*values.shape):
-        value = values.iloc[i, j]
-        ax.text(j, i, f"{value:.2f}".lstrip("0"), ha="center", va="center", color="white" if value < 0.5 else "black")
-
-
-def plot_table(df: pd.DataFrame) -> Figure:
-    "Two maps of 17 plain layers, initialisations by activations: at the better learning rate, and at the other one."
-    means = df.groupby(["init", "act", "lr"]).accuracy.mean().groupby(["init", "act"])
-    fig, axes = plt.subplots(1, 2, figsize=(12, 4.2), sharey=True, layout="constrained")
-    for ax, values, title in zip(axes, (means.max(), means.min()), ("better", "worse"), strict=True):
-        order = [name for name in PLAIN if name in values.index.levels[0]]
-        heatmap(ax, values.unstack("act").loc[order], f"accuracy at the {title} of two learning rates")
-    return fig
-
-
-def plot_depth(df: pd.DataFrame) -> Figure:
-    "Accuracy over depth, for each activation a panel; bars are 95 % confidence intervals."
-    acts = [act for act in ACTIVATIONS if act in set(df.act)]
-    fig, axes = plt.subplots(1, len(acts), figsize=(4.5 * len(acts), 3.2), sharey=True, squeeze=False, layout="constrained")
-    inits = ["default", "LSUV", "LSUV mirrored", "LSUV auto"]
-    for ax, act in zip(axes[0], acts, strict=True):
-        for init, color, style in zip(inits, COLORS, STYLES, strict=True):
-            runs = at_best_rate(df[(df.act == act) & (df.init == init)]).groupby("depth").accuracy
-            if runs.ngroups:
-                ax.errorbar(runs.mean().index, runs.mean(), runs.agg(interval), fmt=style, color=color, label=init, capsize=2)
-        depths = sorted(df.depth.unique())
-        ax.set(xscale="log", title=act, xlabel="layers", ylabel="accuracy", ylim=(0, 1))
-        ax.set_xticks(depths, [str(d) for d in depths])
-        ax.minorticks_off()
-    axes[0, 0].legend(fontsize="small")
-    return fig
-
-
 # --- the parts of docs/when_it_helps.md -----------------------------------------------------------------------------
 
 
@@ -209,7 +145,7 @@ def markdown(df: pd.DataFrame, corner: str) -> str:
 def tables() -> list[str]:
     "As Markdown: 17 plain layers by activation, plain networks by depth, networks with norms or shortcuts."
     df = read()
-    by_depth = deep(df)[lambda d: d.init.isin(["default", "LSUV", "LSUV mirrored", "LSUV auto"]) & (d.depth <= 100)]
+    by_depth = deep(df)[lambda d: d.init.isin(COMPARED) & (d.depth <= 100)]
     return [
         markdown(table(plain(df), "act"), "17 plain layers"),
         markdown(table(by_depth, ["act", "depth"]), "layers"),
@@ -217,15 +153,7 @@ def tables() -> list[str]:
     ]
 
 
-def figures() -> None:
-    df = read()
-    plot_signal(networks(df)).savefig(HERE / "study_signal.png", dpi=100)
-    plot_table(plain(df)).savefig(HERE / "study_table.png", dpi=100)
-    plot_depth(deep(df)).savefig(HERE / "study_depth.png", dpi=100)
-
-
 def main() -> None:
-    figures()
     found, cells = networks(read()), against(read())
     print(*tables(), sep="\n\n")
     print(f"\n{len(found)} networks, of which {found.fails.sum()} fail. Area under the ROC curve:\n{roc_auc(found)}\n")

@@ -46,8 +46,10 @@ ORDER = [
     "core.blocks",
     "core.shared",
     "core.correction",
+    "plots.palette",
     "plots.style",
     "plots.names",
+    "plots.panels",
     "plots.layers",
     "plots.curves",
     "plots.maps",
@@ -135,7 +137,7 @@ def test_the_algorithm_imports_no_fastai(name):
 
 @pytest.mark.parametrize("name", IN_PLOTS)
 def test_figures_know_of_frames_only(name):
-    assert ours(name) <= {"plots.style", "plots.names"}
+    assert ours(name) <= {"plots.palette", "plots.style", "plots.names", "plots.panels"}
 
 
 def test_importing_says_nothing_and_leaves_the_plotting_backend_alone():

@@ -4,21 +4,25 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from fastai.layers import flatten_model
+from matplotlib.colors import to_hex
 from test_data import idx
 from torch import nn
 
 sys.path.append(str(Path(__file__).parent.parent / "nbs"))
 import study
+import study_figures as figures
 import study_networks
 import study_results as results
 
 from fastai_lsuv.data import fashion_dls
 from fastai_lsuv.demo import ACTIVATIONS
+from fastai_lsuv.plots.palette import LOOKS
 
 
 @pytest.fixture
@@ -172,11 +176,35 @@ def test_auto_is_held_against_the_best_by_hand():
     assert cells.loc[("plain CNN", "relu")].by.item() == "LSUV"
 
 
-def test_figures():
-    df = outcomes()
-    assert results.plot_signal(results.networks(df)).axes[0].get_xscale() == "log"
-    assert [t.get_text() for t in results.plot_table(df).axes[0].texts] == [".11", ".61", ".81", ".61"]
-    assert [ax.get_title() for ax in results.plot_depth(df).axes] == ["relu", "tanh"]
+def words(fig):
+    return " ".join(t.get_text() for t in fig.findobj(plt.Text))
+
+
+def test_the_signal_is_on_a_log_axis_that_says_so():
+    fig = figures.plot_signal(results.networks(outcomes()))
+    assert fig.axes[0].get_xscale() == "log"
+    assert fig.axes[0].get_xlabel().endswith("(log)")
+    assert "9 of 9 networks called healthy train, 0 of 3 called otherwise" in words(fig)
+
+
+def test_the_map_has_a_number_in_each_field():
+    fig = figures.plot_table(outcomes())
+    assert [t.get_text() for t in fig.axes[0].texts] == [".11", ".61", ".81", ".61"]
+    assert "17 plain layers: of 2 activations train 1 with default, 2 with LSUV" in words(fig)
+
+
+def test_depth_has_a_panel_for_each_activation_with_chance_in_it():
+    fig = figures.plot_depth(outcomes())
+    assert [ax.get_title() for ax in fig.axes] == ["relu", "tanh"]
+    assert all(0.1 in line.get_ydata() and line.get_label() == "chance" for ax in fig.axes for line in ax.lines[:1])
+    assert "17 plain layers: 36% with default, 71% with LSUV" in words(fig)
+
+
+def test_one_way_to_initialise_has_one_colour():
+    lines = {c.get_label(): c for ax in figures.plot_depth(outcomes()).axes for c in ax.containers}
+    assert {name: to_hex(bars[0].get_color()) for name, bars in lines.items()} == {
+        name: LOOKS[name].color.lower() for name in ("default", "LSUV")
+    }
 
 
 # --- what was found ---------------------------------------------------------------------------------------------------

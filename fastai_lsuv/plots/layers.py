@@ -8,25 +8,35 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
-from fastai_lsuv.plots.style import INK, Floats, finish, new_figure, scale_mean, scale_std, shortened
+from fastai_lsuv.plots.palette import LOOKS
+from fastai_lsuv.plots.style import (
+    Floats,
+    finish,
+    legend,
+    mark_level,
+    new_figure,
+    scale_accuracy,
+    scale_mean,
+    scale_std,
+    shortened,
+)
 
 __all__ = ["plot_demo", "plot_report"]
 
-# Okabe and Ito's palette, which colour-blind people can tell apart; markers and hatching differ as well.
-SERIES = (("#D55E00", "o"), ("#0072B2", "s"))
+SERIES = (LOOKS["default"], LOOKS["LSUV"])  # the network as it came, and after LSUV
 BANDS = (("skipped", "#E2E2E2", ""), ("not_converged", "#F5D6E6", "////"))
 HATCHING = "#C58AAA"
 
-LABELS = "std of the output", "mean of the output", "signal\n(share due to input)", "gradient\n(elasticity)"
+LABELS = "std of the output", "mean of the output", "signal:\nshare due to the input", "gradient:\nelasticity"
 MAX_LABELS = 40  # layer names below one axis
 
 
 def plot_report(
     frame: pd.DataFrame,  # one row per layer in execution order, as `LSUVReport.to_frame()` gives it
-    mean: float | None = 0.0,  # the mean that was wanted; `None`: it was left alone
-    std: float | None = 1.0,  # the standard deviation that was wanted; `None`: it was left alone
+    mean: float | None = 0.0,  # target mean; `None`: means were left alone
+    std: float | None = 1.0,  # target standard deviation; `None`: it was left alone
     verdict: str = "",  # whether the network can be trained, for the title
     lost: float = 0.1,  # signal below which it can't
 ) -> Figure:
@@ -50,13 +60,14 @@ def plot_report(
         elif quantity == "mean":
             scale_mean(ax, values, center=mean or 0.0, unit=std or 1.0)
         _curves(ax, values)
-    _mark(std_ax, std, "wanted")
-    _mark(mean_ax, mean, "wanted")
+    for ax, target in ((std_ax, std), (mean_ax, mean)):
+        if target is not None:
+            mark_level(ax, target, "target")
     signal_ax.set_ylim(-0.03, 1.03)
     judged = (frame["signal_after"].astype(float) * frame["spread_after"].astype(float)).to_numpy()
-    signal_ax.plot(judged, color=SERIES[len(times) - 1][0], linestyle=":", linewidth=1.5, label="× spread")
-    _mark(signal_ax, lost, "lost below")
-    _legend(signal_ax)
+    signal_ax.plot(judged, color=SERIES[len(times) - 1].color, linestyle=":", linewidth=1.5, label="× spread")
+    mark_level(signal_ax, lost, "lost below")
+    legend(signal_ax)
     grads = frame[["grad_after"]].astype(float)
     scale_std(grad_ax, grads)
     _curves(grad_ax, grads, first=len(times) - 1)
@@ -64,7 +75,7 @@ def plot_report(
         _bands(ax, frame["status"])
         ax.set_ylabel(label)
     _name_layers(grad_ax, frame["name"])
-    _legend(std_ax)
+    legend(std_ax)
     finish(fig, _report_title(frame, mean, std) + f"\n{verdict}" * bool(verdict))
     return fig
 
@@ -75,7 +86,7 @@ def plot_demo(
     chance: float = 0.1,  # accuracy of a blind guess, 0 to 1
 ) -> Figure:
     """Draw two runs side by side: on the left the signal before training, on the right what training makes of it."""
-    fig = new_figure(width=12.0, height=4.8)
+    fig = new_figure(width=10.0, height=4.4)
     std_ax, accuracy_ax = fig.subplots(1, 2)
     scale_std(std_ax, stds)
     _curves(std_ax, stds)
@@ -84,16 +95,14 @@ def plot_demo(
 
     epochs = accuracies.index.to_numpy(float)
     _curves(accuracy_ax, accuracies, x=epochs)
-    _mark(accuracy_ax, chance, "chance", linestyle=":")
+    scale_accuracy(accuracy_ax, chance)
     accuracy_ax.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
-    accuracy_ax.set_ylim(0, 1.02)
     accuracy_ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    accuracy_ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     accuracy_ax.set_xlabel("epoch")
     accuracy_ax.set_ylabel("validation accuracy")
 
-    _legend(std_ax)
-    _legend(accuracy_ax)
+    legend(std_ax)
+    legend(accuracy_ax)
     reached = ", ".join(f"{accuracy:.1%} with {run}" for run, accuracy in accuracies.iloc[-1].items())
     finish(fig, f"A plain network of {len(stds)} layers: {reached}")
     return fig
@@ -104,9 +113,9 @@ def _curves(ax: Axes, values: pd.DataFrame, x: Floats | None = None, first: int 
     positions = np.arange(float(len(values))) if x is None else x
     size = 6.0 if len(values) <= MAX_LABELS else 3.0
     edge = ax.get_xaxis_transform()  # x in layers, y from 0 (bottom) to 1 (top)
-    for (label, column), (color, marker) in zip(values.items(), SERIES[first:], strict=False):
+    for (label, column), (color, marker, dash) in zip(values.items(), SERIES[first:], strict=False):
         y = column.to_numpy(float)
-        ax.plot(positions, y, label=str(label), color=color, marker=marker, markersize=size, linewidth=1.5)
+        ax.plot(positions, y, dash, label=str(label), color=color, marker=marker, markersize=size, linewidth=1.5)
         above = y == np.inf
         below = (y <= 0) if ax.get_yscale() == "log" else (y == -np.inf)
         for where, height, triangle in ((above, 0.97, "^"), (below, 0.03, "v")):
@@ -114,13 +123,8 @@ def _curves(ax: Axes, values: pd.DataFrame, x: Floats | None = None, first: int 
             ax.plot(positions[where], heights, triangle, color=color, markersize=size + 3, transform=edge)
 
 
-def _mark(ax: Axes, y: float | None, label: str, linestyle: str = "--") -> None:
-    if y is not None:
-        ax.axhline(y, color=INK, linestyle=linestyle, linewidth=1.0, label=label, zorder=1)
-
-
 def _bands(ax: Axes, status: pd.Series[str]) -> None:
-    """A background behind each layer that isn't as it was wanted."""
+    """A background behind each layer that missed its target."""
     for kind, color, hatch in BANDS:
         positions = np.flatnonzero(status == kind)
         for i in positions:
@@ -140,15 +144,11 @@ def _name_layers(ax: Axes, names: Iterable[Hashable]) -> None:
     ax.set_xlabel("layer, in execution order" + (f" (one name in {step})" if step > 1 else ""))
 
 
-def _legend(ax: Axes) -> None:
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, frameon=False, borderaxespad=0.2, columnspacing=1.2)
-
-
 def _report_title(frame: pd.DataFrame, mean: float | None, std: float | None) -> str:
-    quantity, wanted = ("mean", mean) if std is None and mean is not None else ("std", std)
+    quantity, target = ("mean", mean) if std is None and mean is not None else ("std", std)
     before = frame[f"{quantity}_before"].astype(float).dropna()
     span = f"{before.min():.2g} to {before.max():.2g}" if before.size else "not measured"
-    if wanted is None:
+    if target is None:
         return f"{len(frame)} layers as they are: {quantity} {span}"
     done = frame["status"].isin(["corrected", "unchanged"]).sum()
-    return f"{done} of {len(frame)} layers at {quantity} {wanted:g}; before: {span}"
+    return f"{done} of {len(frame)} layers at {quantity} {target:g}; before: {span}"

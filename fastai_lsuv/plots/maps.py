@@ -14,7 +14,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from fastai_lsuv.plots.style import GREY, Floats, finish, mark_epochs, new_figure, shortened
+from fastai_lsuv.plots.palette import GREY
+from fastai_lsuv.plots.style import Floats, finish, mark_epochs, new_figure, shortened
 
 __all__ = ["plot_dead", "plot_hist", "plot_hists"]
 

@@ -16,25 +16,26 @@ import numpy.typing as npt
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import LogLocator, NullFormatter, SymmetricalLogLocator
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, SymmetricalLogLocator
+
+from fastai_lsuv.plots.palette import GREY, INK, PALE
 
 __all__ = [
-    "GREY",
-    "INK",
-    "PALE",
     "Bools",
     "Floats",
     "finish",
+    "legend",
     "mark_epochs",
+    "mark_level",
     "new_figure",
+    "scale_accuracy",
     "scale_mean",
     "scale_std",
     "shortened",
 ]
-
-INK, GREY, PALE = "#333333", "#8C8C8C", "#E4E4E4"
 
 LOG_FROM = 8.0  # a std that spans more than this factor is drawn on a log axis
 FEW_DECADES = 100.0  # up to this factor, a log axis has ticks at 1, 2 and 5
@@ -80,9 +81,11 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def finish(fig: Figure, title: str) -> None:
-    """Set the title and all the colours that a user's style would set otherwise."""
+    """Set the title and all the colours that a user's style would set otherwise; logarithmic axes say so."""
     fig.suptitle(title, x=0.01, ha="left", fontweight="bold")
     for ax in fig.axes:
+        _name_scale(ax.xaxis)
+        _name_scale(ax.yaxis)
         ax.set_facecolor("white")
         ax.grid(visible=False)
         if ax.lines and not ax.images:  # neither an image nor a colour bar
@@ -93,6 +96,34 @@ def finish(fig: Figure, title: str) -> None:
         ax.spines[["top", "right"]].set_visible(False)
     for text in fig.findobj(Text):
         text.set_color(INK)
+
+
+def _name_scale(axis: Axis) -> None:
+    """Behind the axis's label, if it has one."""
+    label, scale = axis.get_label_text(), axis.get_scale()
+    if label and scale == "log":
+        axis.set_label_text(f"{label} (log)")
+    elif label and scale == "symlog":
+        transform: Any = axis.get_transform()
+        axis.set_label_text(f"{label}\n(log beyond ±{transform.linthresh:g})")
+
+
+def legend(ax: Axes, columns: int = 5) -> None:
+    """Above the axes, where it covers no curve."""
+    at: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+    ax.legend(ncols=columns, frameon=False, columnspacing=1.2, **at)
+
+
+def mark_level(ax: Axes, y: float, label: str, dash: str = "--") -> None:
+    """A line across the axes, at what was wanted, or at chance."""
+    ax.axhline(y, color=INK, linestyle=dash, linewidth=1.0, label=label, zorder=1)
+
+
+def scale_accuracy(ax: Axes, chance: float) -> None:
+    """From 0 to 100 %, with a line at the accuracy of a blind guess."""
+    mark_level(ax, chance, "chance", dash=":")
+    ax.set_ylim(0, 1.02)
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
 def scale_std(ax: Axes, stds: npt.ArrayLike, wanted: float | None = None) -> None:

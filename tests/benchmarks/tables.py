@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fastai_lsuv.plots.style import GREY, finish, new_figure
+from fastai_lsuv.plots.palette import GREY, LOOKS, Look
+from fastai_lsuv.plots.style import finish, new_figure
 
-LSUV, COURSE = "#0072B2", "#D55E00"  # as in all figures: LSUV, and what it is compared with
 KIND = {"cpu": "on a CPU", "cuda": "on a GPU"}
 
 
@@ -70,17 +70,17 @@ def by_depth(machine, depths, times):
 
 def figure(depths, times):
     "Seconds over depth, both axes logarithmic: a line of slope 1 beside one of slope 2."
-    fig = new_figure(6, 4)
+    fig = new_figure(7, 4.2)
     ax = fig.subplots()
-    for key, label, marker, colour in (
-        ("course", "the course's loop", "s", COURSE),
-        ("ours", "lsuv_", "o", LSUV),
-        ("forward", "one forward pass", ".", GREY),
+    for key, label, (color, marker, dash) in (
+        ("course", "the course's loop", LOOKS["course's loop"]),
+        ("ours", "lsuv_", LOOKS["LSUV"]),
+        ("forward", "one forward pass", Look(GREY, ".")),
     ):
         seconds = [t[key] for t in times]
-        ax.plot(depths, seconds, marker=marker, color=colour)
+        ax.plot(depths, seconds, dash, marker=marker, color=color)
         ax.annotate(label, (depths[-1], seconds[-1]), (8, 0), textcoords="offset points", va="center")
-    ax.set(xscale="log", yscale="log", xlabel="layers (log)", ylabel="seconds on a CPU (log)")
+    ax.set(xscale="log", yscale="log", xlabel="layers", ylabel="seconds on a CPU")
     ax.set_xticks(depths, [f"{d:,}" for d in depths], minor=False)
     ax.minorticks_off()
     course, ours = (times[-1][key] for key in ("course", "ours"))

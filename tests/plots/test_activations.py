@@ -10,8 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from fastai_lsuv.plots.curves import MAX_POINTS, plot_layer, plot_runs, plot_stats
+from fastai_lsuv.plots.curves import plot_layer, plot_runs, plot_stats
 from fastai_lsuv.plots.maps import MAX_COLUMNS, plot_dead, plot_hist, plot_hists
+from fastai_lsuv.plots.panels import MAX_POINTS
 
 NAN, INF = float("nan"), float("inf")
 
@@ -404,8 +405,61 @@ def test_only_validation_can_be_drawn():
 
 def test_two_runs_stand_side_by_side():
     fig = plot_runs({"before": made(20), "after": made(20, n_records=7)})
-    panels = [ax for ax in fig.axes if ax.lines]
-    assert len(panels) == 6 and [ax.get_title() for ax in panels[:2]] == ["before", "after"]
-    assert [max(len(line.get_xdata()) for line in ax.lines) for ax in panels[:2]] == [40, 7], "a point a record"
-    assert not any(ax.collections for ax in panels), "a band where every record is drawn"
-    FigureCanvasAgg(fig).draw()
+    of_both = panels(fig)
+    before, after = of_both[:3], of_both[3:]
+    assert [before[0].get_title(), after[0].get_title()] == ["before", "after"]
+    assert [max(len(line.get_xdata()) for line in ax.lines) for ax in (before[0], after[0])] == [40, 7], "all records"
+    assert not any(ax.collections for ax in of_both), "a band where every record is drawn"
+    assert [ax.get_ylim() for ax in before] == [ax.get_ylim() for ax in after]
+    assert len({ax.get_xlim() for ax in of_both}) == 1
+    drawn(fig)
+    runs = {
+        "before": made(2).assign(std=0.5),
+        "after": made(2).assign(std=lambda f: 1.0 + 2 * (f.layer == "layers.0.conv")),
+    }
+    assert "std in the end 0.5 with before, 1 to 3 with after" in words(plot_runs(runs))
+
+
+def kinds():
+    "A run with many layers of two kinds: of some there are updates, of the others dead units."
+    frame = made(12)
+    activations = [f"layers.{i}.conv" for i in range(1, 12, 2)]
+    of_activation = frame.layer.isin(activations)
+    return frame.assign(
+        dead_units=np.where(of_activation, 0.1, NAN), update=np.where(of_activation, NAN, 1e-3)
+    ), activations
+
+
+def test_no_panel_is_empty_and_none_is_left_out():
+    frame, activations = kinds()
+    fig = drawn(plot_stats(frame, activations, band=(1e-4, 1e-2)))
+    found = panels(fig)
+    assert fig.axes[:-1] == found, "all but the colour bar"
+    places = [ax.get_subplotspec() for ax in found]
+    assert sorted((p.rowspan.start, p.colspan.start) for p in places) == [(i, j) for i in range(4) for j in range(2)]
+    left, right = (ax.get_ylabel() for ax in (found[3], found[7]))
+    assert left.startswith("update") and right.startswith("dead units")
+    assert [bool(ax.get_xlabel()) for ax in found] == [False, False, False, True] * 2
+    for ax in (found[3], found[7]):
+        assert [t for t in ax.get_yticklabels() if t.get_visible() and t.get_text()], "a scale of its own"
+
+
+def test_the_colour_bar_and_the_green_band_are_explained():
+    frame, activations = kinds()
+    assert "colour of a curve: its layer" in words(drawn(plot_stats(frame, activations)))
+    assert "green" not in words(plot_stats(frame, activations))
+    assert "green: known to work" in words(plot_stats(frame, activations, band=(1e-4, 1e-2)))
+
+
+def test_logarithmic_axes_say_so():
+    frame = made(2).assign(std=lambda f: np.where(f.layer == "layers.0.conv", 1, 100), mean=lambda f: 50 * f["std"])
+    mean, std, near_zero = (ax.get_ylabel() for ax in panels(plot_stats(frame)))
+    assert mean == "mean of the output\n(log beyond ±1)"
+    assert std == "std of the output (log)"
+    assert near_zero == "share near zero"
+
+
+def test_the_title_says_where_the_stds_began_and_ended():
+    frame = made(2).assign(std=lambda f: np.where(f.layer == "layers.0.conv", 1.0, 1.0 + f.step))
+    assert "40 records: std 1 at first, 1 to 40 in the end" in words(plot_stats(frame))
+    assert "40 records: std 1 at first, 40 in the end" in words(plot_layer(frame, "layers.1.conv"))

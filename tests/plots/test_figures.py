@@ -11,10 +11,11 @@ from matplotlib.colors import to_rgb
 from test_activations import drawn, hists, made, panels, records
 from test_report import made_up
 
-from fastai_lsuv.plots.curves import COLORS, DASHES, MAX_NAMED, plot_layer, plot_runs, plot_stats
-from fastai_lsuv.plots.layers import SERIES, plot_demo
+from fastai_lsuv.plots.curves import plot_layer, plot_runs, plot_stats
+from fastai_lsuv.plots.layers import plot_demo
 from fastai_lsuv.plots.maps import plot_dead, plot_hist, plot_hists
-from fastai_lsuv.plots.style import INK
+from fastai_lsuv.plots.palette import INK, LOOKS
+from fastai_lsuv.plots.panels import MAX_NAMED, styles
 
 FIGURES = dict(
     report=lambda: made_up().plot(),
@@ -143,14 +144,16 @@ def test_the_simulation_knows_what_is_known():
 
 @pytest.mark.parametrize("sight", SIGHT)
 def test_layers_of_one_dash_are_told_apart(sight):
-    styles = [(COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]) for i in range(MAX_NAMED)]
-    assert min(distance(a, b, sight) for i, (a, x) in enumerate(styles) for b, y in styles[:i] if x == y) > APART
+    looks = styles(MAX_NAMED)
+    assert min(distance(a, b, sight) for i, (a, x) in enumerate(looks) for b, y in looks[:i] if x == y) > APART
 
 
 @pytest.mark.parametrize("sight", SIGHT)
-def test_before_and_after_are_told_apart_by_colour_and_by_marker(sight):
-    (before, dots), (after, squares) = SERIES
-    assert distance(before, after, sight) > 2 * APART and dots != squares
+def test_initialisations_are_told_apart_by_colour_and_by_marker(sight):
+    colors = [look.color for look in LOOKS.values()]
+    assert min(distance(a, b, sight) for i, a in enumerate(colors) for b in colors[:i]) > APART
+    assert len({look.marker for look in LOOKS.values()}) == len(LOOKS)
+    assert distance(LOOKS["default"].color, LOOKS["LSUV"].color, sight) > 2 * APART
 
 
 @pytest.mark.parametrize("sight", SIGHT)
