@@ -62,9 +62,10 @@ def room(item):
 def models_on_the_device(request):
     "The algorithm's tests make theirs there; a Learner brings its own."
     if request.config.getoption("device") == "cuda" and room(request.node) == "core":
-        import torch
+        from fastai.torch_core import default_device
+        from placement import MadeOnTheCPU
 
-        with torch.device("cuda"):
+        with MadeOnTheCPU(default_device()):
             yield
     else:
         yield
