@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
+from torch.utils._pytree import tree_map_only
 
 AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 HOOKS = (
@@ -108,10 +109,17 @@ def first_tensor(out):
 
 
 def call(model, batch):
-    "The model on the inputs `batch`: a tensor, a tuple or list of arguments, a mapping of keywords."
+    "The model on the inputs `batch`, brought to its device: a tensor, a tuple or list of arguments, or keywords."
     if isinstance(batch, Mapping):
-        return model(**batch)
+        return model(**beside(model, dict(batch)))
+    batch = beside(model, batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def beside(model, o):
+    "`o` with all of its tensors on the model's device."
+    device = next((t.device for t in itertools.chain(model.parameters(), model.buffers())), None)
+    return o if device is None else tree_map_only(torch.Tensor, lambda t: t.to(device), o)
 
 
 def audit(model, batch, *, channels=True) -> list[Record]:
@@ -225,19 +233,21 @@ def _batch_statistics(m, args):
 
 
 def rng_state():
-    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpus
 
 
 def set_rng_state(state):
     random.setstate(state[0])
     np.random.set_state(state[1])
     torch.set_rng_state(state[2])
+    torch.cuda.set_rng_state_all(state[3])
 
 
 def rng_print():
-    "The three random streams as one comparable value."
-    py, (kind, keys, *rest), t = rng_state()
-    return py, kind, keys.tobytes(), tuple(rest), t.numpy().tobytes()
+    "All random streams as one comparable value."
+    py, (kind, keys, *rest), cpu, on_gpus = rng_state()
+    return py, kind, keys.tobytes(), tuple(rest), *(t.numpy().tobytes() for t in (cpu, *on_gpus))
 
 
 def bits(t):

@@ -8,6 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
+LEFT_ALONE = ("fastai_lsuv", "torch.nn.utils")  # the user's default device is the CPU, and so are a batch's lengths
 FILLS = {getattr(torch.Tensor, f"{name}_") for name in ("bernoulli", "exponential", "normal", "random", "uniform")}
 
 
@@ -15,7 +16,7 @@ class MadeOnTheCPU(TorchFunctionMode):
     """A factory that is told no device, and what fills a tensor at random: both run on the CPU, with its random stream
     or its generator, and the result goes to `device`.
 
-    What the package makes itself is left alone: its user's default device is the CPU, whatever the model is on."""
+    What the package makes itself is left alone."""
 
     def __init__(self, device: torch.device):
         super().__init__()
@@ -23,7 +24,7 @@ class MadeOnTheCPU(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if sys._getframe(1).f_globals.get("__name__", "").startswith("fastai_lsuv"):
+        if sys._getframe(1).f_globals.get("__name__", "").startswith(LEFT_ALONE):
             return func(*args, **kwargs)
         if func in self.factories and kwargs.get("device") is None and "out" not in kwargs:
             needs_grad = kwargs.pop("requires_grad", False)
