@@ -251,11 +251,11 @@ def rng_print():
 
 
 def bits(t):
-    "A tensor to the bit: type, dtype, shape, memory layout and bytes."
+    "A tensor to the bit, wherever it is: type, dtype, shape, memory layout and bytes."
     if t is None or isinstance(t, UninitializedParameter):
         return type(t)
     raw = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return type(t), t.dtype, tuple(t.shape), t.stride(), str(t.device), raw
+    return type(t), t.dtype, tuple(t.shape), t.stride(), raw
 
 
 def fingerprint(model) -> dict:
@@ -275,9 +275,9 @@ def fingerprint(model) -> dict:
         prints["requires_grad", name] = p.requires_grad, p.is_leaf
         prints["grad", name] = None if p.grad is None else (Is(p.grad), bits(p.grad))
         if not isinstance(p, UninitializedParameter):
-            prints["layout", name] = p.dtype, tuple(p.shape), p.stride()
+            prints["layout", name] = p.dtype, p.device, tuple(p.shape), p.stride()
     for name, b in model.named_buffers(remove_duplicate=False):
-        prints["buffer", name] = Is(b), bits(b)
+        prints["buffer", name] = Is(b), b.device, bits(b)
     return prints
 
 

@@ -188,9 +188,9 @@ def test_mixed_images_are_what_is_measured(mix, fits, recwarn):
         )
     )
     learn.fit(1, cbs=[mix, at_epoch, in_batch])
-    raw = pixels()[:16]
-    assert not torch.equal(tap.fed[0], raw)
-    assert fits(tap.fed[0], raw)
+    fed, raw = tap.fed[0].cpu(), pixels()[:16]
+    assert not torch.equal(fed, raw)
+    assert fits(fed, raw)
     assert exact(during[0])
     assert during[1:] == [True] * 3, "the loss that mixes is that of the callback itself"
     assert learn.loss_func is loss
