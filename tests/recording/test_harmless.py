@@ -319,7 +319,7 @@ import numpy as np, torch
 from fastai.learner import load_learner
 learn = load_learner(sys.argv[1])
 x = torch.from_numpy(np.load(sys.argv[2]))
-with torch.no_grad(): np.save(sys.argv[3], learn.model.eval().cpu()(x).numpy())
+with torch.no_grad(): np.save(sys.argv[3], learn.model.eval()(x).numpy())
 assert learn.predict(np.zeros((8, 8), np.uint8))
 rec = learn.activation_stats_recorder
 before = len(rec.to_frame().step.unique())
