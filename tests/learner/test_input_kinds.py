@@ -95,7 +95,12 @@ KINDS = {  # name: (data, callback, model, what the model is fed first)
         small_cnn,
         lambda: F.pad(pixels(6)[:16], (1, 1, 1, 1), value=5.0),
     ),
-    "another input": (pixels, lambda: unpacked(lambda x: (x, PLACES)), Located, lambda: (pixels()[:16], PLACES)),
+    "another input": (
+        pixels,
+        lambda: unpacked(lambda x: (x, PLACES.to(x.device))),
+        Located,
+        lambda: (pixels()[:16], PLACES),
+    ),
     "dict": (lambda: TOKENS, lambda: None, Wrapped, lambda: (HEAD,)),
     "dict, unpacked": (
         lambda: TOKENS,
