@@ -53,8 +53,12 @@ def tell_libraries(on_gpu):
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("device") == "cuda":
-        config.hook.pytest_deselected(items=[item for item in items if room(item) not in FOR_THE_GPU])
-        items[:] = [item for item in items if room(item) in FOR_THE_GPU]
+        config.hook.pytest_deselected(items=[item for item in items if not for_the_gpu(item)])
+        items[:] = filter(for_the_gpu, items)
+
+
+def for_the_gpu(item):
+    return room(item) in FOR_THE_GPU and not item.get_closest_marker("cpu")
 
 
 def room(item):
