@@ -8,7 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-LEFT_ALONE = ("fastai_lsuv", "torch.nn.utils")  # the user's default device is the CPU, and so are a batch's lengths
+LEFT_ALONE = ("fastai_lsuv", "torch.nn.utils")  # a user's default device is the CPU, and the lengths of a batch are on it
 FILLS = {getattr(torch.Tensor, f"{name}_") for name in ("bernoulli", "exponential", "normal", "random", "uniform")}
 
 
@@ -29,10 +29,13 @@ class MadeOnTheCPU(TorchFunctionMode):
         if func in self.factories and kwargs.get("device") is None and "out" not in kwargs:
             needs_grad = kwargs.pop("requires_grad", False)
             return func(*args, **kwargs).to(self.device).requires_grad_(needs_grad)
-        if func in FILLS and args[0].device == self.device and fits_the_cpu(kwargs.get("generator")):
-            return args[0].copy_(func(torch.empty_like(args[0], device="cpu"), *args[1:], **kwargs))
+        if func in FILLS or getattr(func, "__module__", None) == "torch.nn.init":
+            return self.fill(func, *args, **kwargs)
         return func(*args, **kwargs)
 
-
-def fits_the_cpu(generator):
-    return generator is None or generator.device.type == "cpu"
+    def fill(self, func, tensor, *args, **kwargs):
+        generator = kwargs.get("generator")
+        if tensor.device != self.device or (generator is not None and generator.device == self.device):
+            return func(tensor, *args, **kwargs)
+        with torch.no_grad():
+            return tensor.copy_(func(torch.empty_like(tensor, device="cpu"), *args, **kwargs))
