@@ -8,7 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-LEFT_ALONE = ("fastai_lsuv", "torch.nn.utils")  # a user's default device is the CPU, and the lengths of a batch are on it
+LEFT_ALONE = ("fastai_lsuv", "torch.nn.utils")  # a user's default device is the CPU; so is that of a batch's lengths
 FILLS = {getattr(torch.Tensor, f"{name}_") for name in ("bernoulli", "exponential", "normal", "random", "uniform")}
 
 
