@@ -285,7 +285,7 @@ class Noisy(nn.Module):
         self.mu, self.sigma, self.out = nn.Linear(10, 8), nn.Linear(10, 8), nn.Linear(8, 4)
 
     def forward(self, x):
-        return self.out(self.mu(x) + torch.randn(len(x), 8) * self.sigma(x))
+        return self.out(self.mu(x) + torch.randn(len(x), 8, device=x.device) * self.sigma(x))
 
 
 class Auxiliary(nn.Module):
