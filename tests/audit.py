@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
+from torch.utils._pytree import tree_map_only
 
 AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 HOOKS = (
@@ -42,6 +43,7 @@ class Record:
     n: int = 0
     mean: float = 0.0
     m2: float = 0.0
+    all_alike: bool = True  # all samples, where there are several
     channel_n: int = 0
     channel_mean: torch.Tensor | None = None
     channel_m2: torch.Tensor | None = None
@@ -60,7 +62,9 @@ class Record:
 
     @property
     def constant(self):
-        "Whether the output does not depend on the input: the same in every place, but for rounding."
+        "Whether the output does not depend on the input: the same for every sample or, but for rounding, everywhere."
+        if self.all_alike:
+            return True
         if self.channel_n > 1:
             return bool((self.channel_std <= 1e-6 * self.channel_mean.abs()).all())
         return self.n > 1 and self.std <= 1e-6 * abs(self.mean)
@@ -71,6 +75,7 @@ class Record:
         self.n_calls += 1
         if not out.numel():
             return  # a head that was shown nothing
+        self.all_alike &= len(out) > 1 and bool((out == out[:1]).all())
         n, mean = out.numel(), out.mean().item()
         m2 = (out - mean).square().sum().item()
         delta, total = mean - self.mean, self.n + n
@@ -108,10 +113,17 @@ def first_tensor(out):
 
 
 def call(model, batch):
-    "The model on the inputs `batch`: a tensor, a tuple or list of arguments, a mapping of keywords."
+    "The model on the inputs `batch`, brought to its device: a tensor, a tuple or list of arguments, or keywords."
     if isinstance(batch, Mapping):
-        return model(**batch)
+        return model(**beside(model, dict(batch)))
+    batch = beside(model, batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def beside(model, o):
+    "`o` with all of its tensors on the model's device."
+    device = next((t.device for t in itertools.chain(model.parameters(), model.buffers())), None)
+    return o if device is None else tree_map_only(torch.Tensor, lambda t: t.to(device), o)
 
 
 def audit(model, batch, *, channels=True) -> list[Record]:
@@ -225,27 +237,29 @@ def _batch_statistics(m, args):
 
 
 def rng_state():
-    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpus
 
 
 def set_rng_state(state):
     random.setstate(state[0])
     np.random.set_state(state[1])
     torch.set_rng_state(state[2])
+    torch.cuda.set_rng_state_all(state[3])
 
 
 def rng_print():
-    "The three random streams as one comparable value."
-    py, (kind, keys, *rest), t = rng_state()
-    return py, kind, keys.tobytes(), tuple(rest), t.numpy().tobytes()
+    "All random streams as one comparable value."
+    py, (kind, keys, *rest), cpu, on_gpus = rng_state()
+    return py, kind, keys.tobytes(), tuple(rest), *(t.numpy().tobytes() for t in (cpu, *on_gpus))
 
 
 def bits(t):
-    "A tensor to the bit: type, dtype, shape, memory layout and bytes."
+    "A tensor to the bit, wherever it is: type, dtype, shape, memory layout and bytes."
     if t is None or isinstance(t, UninitializedParameter):
         return type(t)
     raw = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return type(t), t.dtype, tuple(t.shape), t.stride(), str(t.device), raw
+    return type(t), t.dtype, tuple(t.shape), t.stride(), raw
 
 
 def fingerprint(model) -> dict:
@@ -265,9 +279,9 @@ def fingerprint(model) -> dict:
         prints["requires_grad", name] = p.requires_grad, p.is_leaf
         prints["grad", name] = None if p.grad is None else (Is(p.grad), bits(p.grad))
         if not isinstance(p, UninitializedParameter):
-            prints["layout", name] = p.dtype, tuple(p.shape), p.stride()
+            prints["layout", name] = p.dtype, p.device, tuple(p.shape), p.stride()
     for name, b in model.named_buffers(remove_duplicate=False):
-        prints["buffer", name] = Is(b), bits(b)
+        prints["buffer", name] = Is(b), b.device, bits(b)
     return prints
 
 

@@ -1,6 +1,7 @@
 """How tests run: on the CPU, whatever the machine has, each process on one thread; with `--device cuda` on the GPU."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -45,12 +46,19 @@ def tell_libraries(on_gpu):
 
     default_device(use=on_gpu)
     torch.use_deterministic_algorithms(on_gpu, warn_only=True)
+    if on_gpu:
+        torch.backends.cudnn.allow_tf32 = False  # with it, convolutions are good to three digits; tests look at six
+        torch.cuda.init()  # its random stream is looked at before anything lies there
 
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("device") == "cuda":
-        config.hook.pytest_deselected(items=[item for item in items if room(item) not in FOR_THE_GPU])
-        items[:] = [item for item in items if room(item) in FOR_THE_GPU]
+        config.hook.pytest_deselected(items=[item for item in items if not for_the_gpu(item)])
+        items[:] = filter(for_the_gpu, items)
+
+
+def for_the_gpu(item):
+    return room(item) in FOR_THE_GPU and not item.get_closest_marker("cpu")
 
 
 def room(item):
@@ -58,13 +66,24 @@ def room(item):
     return item.path.relative_to(TESTS).parts[0] if item.path.is_relative_to(TESTS) else None
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    "What a module of tests makes as it is imported."
+    with on_the_device(collector):
+        return (yield)
+
+
 @pytest.fixture(autouse=True)
 def models_on_the_device(request):
-    "The algorithm's tests make theirs there; a Learner brings its own."
-    if request.config.getoption("device") == "cuda" and room(request.node) == "core":
-        import torch
-
-        with torch.device("cuda"):
-            yield
-    else:
+    with on_the_device(request.node):
         yield
+
+
+def on_the_device(item):
+    "The algorithm's tests make their models and batches there; a Learner brings its own."
+    if item.config.getoption("device") == "cpu" or room(item) != "core":
+        return nullcontext()
+    from fastai.torch_core import default_device
+    from placement import MadeOnTheCPU
+
+    return MadeOnTheCPU(default_device())

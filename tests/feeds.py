@@ -34,4 +34,6 @@ def loaders(x=None, bs=16):
 
 
 def complaints(recwarn):
-    return [str(w.message) for w in recwarn if issubclass(w.category, UserWarning)]
+    "But for those that a GPU's kernels make of the deterministic algorithms that conftest.py asks for."
+    said = [str(w.message) for w in recwarn if issubclass(w.category, UserWarning)]
+    return [message for message in said if "deterministic" not in message]

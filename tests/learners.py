@@ -69,8 +69,8 @@ def learner(dls=None, model=None, path=".", **kwargs):
     "A Learner without progress bars."
     seed(11)
     model = model if model is not None else small_cnn()
-    if default_device().type == "cuda":
-        model.cuda()  # before the test looks at it for the first time
+    if default_device().type != "cpu":
+        model.to(default_device())  # before the test looks at it for the first time
     learn = Learner(
         dls if dls is not None else digits(),
         model,

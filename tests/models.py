@@ -13,16 +13,15 @@ from torch import nn
 
 def images(n=8, c=3, side=16, seed=1, dtype=torch.float32):
     "Noise with a mean and a scale of its own, as images are before anyone normalises them."
-    return drawn(torch.rand, n, c, side, side, seed=seed).mul(2).add(0.3).to(torch.get_default_device(), dtype)
+    return drawn(torch.rand, n, c, side, side, seed=seed).mul(2).add(0.3).to(dtype)
 
 
 def rows(n=64, d=10, seed=1, dtype=torch.float32):
-    return drawn(torch.randn, n, d, seed=seed).mul(3).add(1).to(torch.get_default_device(), dtype)
+    return drawn(torch.randn, n, d, seed=seed).mul(3).add(1).to(dtype)
 
 
 def drawn(distribution, *shape, seed):
-    "On the CPU: the same numbers on every device."
-    return distribution(*shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return distribution(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 # --- plain nets ------------------------------------------------------------------------------------------------------
@@ -286,7 +285,7 @@ class Noisy(nn.Module):
         self.mu, self.sigma, self.out = nn.Linear(10, 8), nn.Linear(10, 8), nn.Linear(8, 4)
 
     def forward(self, x):
-        return self.out(self.mu(x) + torch.randn(len(x), 8) * self.sigma(x))
+        return self.out(self.mu(x) + torch.randn(len(x), 8, device=x.device) * self.sigma(x))
 
 
 class Auxiliary(nn.Module):

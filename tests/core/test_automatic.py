@@ -147,7 +147,7 @@ def test_activations_are_found_by_values_alone(act):
     lsuv_(net, x)
     found = activations(DryRun(net, ((x,), {})), [net[0], net[2], net[4]])
     assert len(found) == 2
-    z = torch.linspace(-2, 2, 41, dtype=torch.float64)
+    z = torch.linspace(-2, 2, 41, dtype=torch.float64, device="cpu")
     assert torch.allclose(found[0](z), act(z.clone()), atol=0.02)
     assert critical_std(found[0], 50) == pytest.approx(critical_std(act, 50), rel=0.1)
 

@@ -75,7 +75,7 @@ class Rounding(nn.Module):
 
 class ToNumpy(nn.Module):
     def forward(self, x):
-        return torch.from_numpy(x.numpy())
+        return torch.from_numpy(x.cpu().numpy()).to(x.device)
 
 
 class OnlyWhole(nn.Module):

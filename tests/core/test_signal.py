@@ -138,7 +138,8 @@ def test_it_dies_in_a_deep_network_at_std_1():
 
 
 def test_it_takes_a_view_and_a_few_operations():
+    x = torch.randn(16, 64, 28, 28)
     with Counts() as counts:
-        signal(torch.randn(16, 64, 28, 28), with_spread=False)
-    assert counts.total - 2 <= 6  # but for the numbers themselves
+        signal(x, with_spread=False)
+    assert counts.total <= 6
     assert counts.bytes < 4 * 2 * 16 * 64 * 28 * 28, "reads a part only"

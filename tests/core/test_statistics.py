@@ -12,7 +12,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 def truth(x):
-    x = x.detach().double().numpy()
+    x = x.detach().double().cpu().numpy()
     return x.size, x.mean(), x.std(ddof=1)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from fastai_lsuv import lsuv_
 
+pytestmark = pytest.mark.cpu
 GUARD = 60  # seconds until two ranks are taken to wait for each other
 
 

@@ -12,7 +12,7 @@ import cloudpickle
 import numpy as np
 import pytest
 import torch
-from audit import moved, parameter_bits
+from audit import call, moved, parameter_bits
 from learners import Spy, body_and_head, digits, exact, learner, ran, small_cnn
 from torch import nn
 
@@ -53,14 +53,15 @@ def make(dls, tmp_path):
     return partial(learner, dls, path=tmp_path)
 
 
-def in_a_new_process(path, x):
+def in_a_new_process(folder, x):
     "What a fresh interpreter makes of an exported Learner: its predictions and what it prints."
-    np.save(path / "x.npy", x.numpy())
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(Path(fastai_lsuv.__file__).parents[1])])}
-    args = [sys.executable, "-c", FRESH_PROCESS, *(str(path / n) for n in ("export.pkl", "x.npy", "out.npy"))]
-    done = subprocess.run(args, env=env, cwd=path, capture_output=True, text=True, check=False)
+    np.save(folder / "x.npy", x.numpy())
+    path = [str(HERE), str(Path(fastai_lsuv.__file__).parents[1]), *sys.path]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+    args = [sys.executable, "-c", FRESH_PROCESS, *(str(folder / n) for n in ("export.pkl", "x.npy", "out.npy"))]
+    done = subprocess.run(args, env=env, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return np.load(path / "out.npy"), done.stdout
+    return np.load(folder / "out.npy"), done.stdout
 
 
 @pytest.mark.parametrize("door", ["Learner", "fit"])
@@ -74,7 +75,7 @@ def test_exported_and_loaded_in_a_new_process(make, tmp_path, door):
     preds, out = in_a_new_process(tmp_path, x)
     learn.model.eval()
     with torch.no_grad():
-        assert learn.model(x).numpy().tobytes() == preds.tobytes()
+        assert learn.model.cpu()(x).numpy().tobytes() == preds.tobytes()
     assert out.splitlines()[0] == f"True {len(report)}"
     assert not [line for line in out.splitlines() if line.startswith("LSUV")]
     learn.fit(1)  # exporting has not confused the Learner that goes on
@@ -88,7 +89,7 @@ def test_an_export_before_any_fit_loads(make, tmp_path):
     from fastai.learner import load_learner
 
     with pytest.warns(UserWarning, match="insecure"):
-        loaded = load_learner(tmp_path / "export.pkl")
+        loaded = load_learner(tmp_path / "export.pkl", cpu=False)
     assert not moved(parameter_bits(learn.model), loaded.model)
     loaded.dls = learn.dls
     loaded.validate()
@@ -141,7 +142,7 @@ def test_the_model_alone_is_the_model_alone(make, tmp_path, fitted):
     again = torch.load(tmp_path / "model.pth", weights_only=False)
     assert not moved(parameter_bits(learn.model), again)
     x, twin = torch.randn(4, 1, 8, 8), copy.deepcopy(learn.model)
-    assert torch.equal(twin(x), learn.model(x))
+    assert torch.equal(call(twin, x), call(learn.model, x))
     assert not moved(parameter_bits(learn.model), pickle.loads(pickle.dumps(learn.model)))
 
 

@@ -103,7 +103,7 @@ def test_the_batch_is_the_first_that_training_sees(loader):
         isinstance(dl, list) or vars(dl).pop(
             "_iterator", None
         )  # persistent workers end here, not when garbage is collected
-    assert torch.equal(first.x, x)
+    assert torch.equal(first.x.cpu(), x)
     model.load_state_dict(first.state)
     assert len(assert_exact(model, x, learn.lsuv_report, before)) == 2
 
@@ -188,7 +188,7 @@ def test_workers_fetch_what_only_they_can(loader):
     learn.fit(1, 1e-4, cbs=(first := First()))
     for dl in learn.dls.loaders:
         vars(dl).pop("_iterator", None)
-    assert torch.equal(first.x, x)
+    assert torch.equal(first.x.cpu(), x)
 
 
 def test_a_loader_without_workers_fails_with_the_data_s_own_error():

@@ -95,7 +95,12 @@ KINDS = {  # name: (data, callback, model, what the model is fed first)
         small_cnn,
         lambda: F.pad(pixels(6)[:16], (1, 1, 1, 1), value=5.0),
     ),
-    "another input": (pixels, lambda: unpacked(lambda x: (x, PLACES)), Located, lambda: (pixels()[:16], PLACES)),
+    "another input": (
+        pixels,
+        lambda: unpacked(lambda x: (x, PLACES.to(x.device))),
+        Located,
+        lambda: (pixels()[:16], PLACES),
+    ),
     "dict": (lambda: TOKENS, lambda: None, Wrapped, lambda: (HEAD,)),
     "dict, unpacked": (
         lambda: TOKENS,
@@ -188,9 +193,9 @@ def test_mixed_images_are_what_is_measured(mix, fits, recwarn):
         )
     )
     learn.fit(1, cbs=[mix, at_epoch, in_batch])
-    raw = pixels()[:16]
-    assert not torch.equal(tap.fed[0], raw)
-    assert fits(tap.fed[0], raw)
+    fed, raw = tap.fed[0].cpu(), pixels()[:16]
+    assert not torch.equal(fed, raw)
+    assert fits(fed, raw)
     assert exact(during[0])
     assert during[1:] == [True] * 3, "the loss that mixes is that of the callback itself"
     assert learn.loss_func is loss

@@ -144,7 +144,7 @@ class SecondLoader(Callback):
 
     def before_batch(self):
         a, b = next(self.it)
-        self.learn.xb = (self.x * a + b,)
+        self.learn.xb = (self.x * a.item() + b.item(),)
 
 
 def affine(self):

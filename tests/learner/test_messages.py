@@ -79,9 +79,8 @@ def test_an_empty_batch_is_no_reason_to_end_a_fit(dls, capsys):
         learner(dls).lsuv_init(empty(learn))
 
 
+@pytest.mark.cpu
 def test_mixed_precision_that_needs_a_gpu_is_told_in_one_line(dls, capsys):
-    if torch.cuda.is_available():
-        pytest.skip("it has one")
     learn = learner(dls, cbs=[NonNativeMixedPrecision(), LSUVCallback()])
     with pytest.warns(UserWarning, match="NonNative") as caught, pytest.raises(AssertionError, match="requires a GPU"):
         learn.fit(1)

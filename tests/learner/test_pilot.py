@@ -13,7 +13,7 @@ import torch.utils.data as tud
 from audit import audit, bits, parameter_bits
 from fastai.callback.mixup import MixUp
 from fastai.data.core import DataLoaders
-from fastai.vision.all import Callback, CancelTrainException, CrossEntropyLossFlat, Learner
+from fastai.vision.all import Callback, CancelTrainException, CrossEntropyLossFlat, Learner, default_device
 from fastai.vision.gan import GANLearner
 from feeds import N, complaints, loaders, pixels
 from learners import exact, learner, ran, small_cnn
@@ -248,12 +248,12 @@ class Attacks(Callback):
 
 def test_a_callback_that_calls_the_model_itself(recwarn):
     model = small_cnn(nn.BatchNorm2d)
-    twin = copy.deepcopy(model).train()
     learn = learner(loaders(), model, cbs=Attacks())
+    twin = copy.deepcopy(model).train()
     learn.lsuv_init()
-    x = X.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(F.cross_entropy(twin(x), torch.arange(16) % 10), x)
-    assert exact(audit(learn.model, X + 0.1 * grad.sign()))
+    x, y = (t.to(default_device()) for t in (X, torch.arange(16) % 10))
+    (grad,) = torch.autograd.grad(F.cross_entropy(twin(x.requires_grad_()), y), x)
+    assert exact(audit(learn.model, x.detach() + 0.1 * grad.sign()))
     assert model[0][1].num_batches_tracked == 0, "a copy was asked"
     assert not complaints(recwarn)
 

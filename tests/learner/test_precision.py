@@ -10,7 +10,7 @@ import torchvision.models as tv
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from audit import audit, differences, fingerprint, outputs_of, parameter_bits
-from fastai.torch_core import to_float
+from fastai.torch_core import default_device, to_float
 from fastai.vision.all import Callback, CancelFitException
 from learners import Spy, exact, learner, ran
 from models import Shared, Stumble, Tally, convnet, images, rows
@@ -19,16 +19,17 @@ from zoo import xresnet18
 
 from fastai_lsuv import LSUVCallback, lsuv_
 
+DEVICE = default_device().type
 EPS = torch.finfo(torch.bfloat16).eps
 N = 16
 
 
 def bf16(**kwargs):
-    return torch.autocast("cpu", torch.bfloat16, **kwargs)
+    return torch.autocast(DEVICE, torch.bfloat16, **kwargs)
 
 
 class InBF16(Callback):
-    "What fastai's `MixedPrecision` does, for the CPU: its own always says 'cuda'."
+    "What fastai's `MixedPrecision` does, on the CPU, too: its own always says 'cuda'."
 
     order = 10
 
@@ -127,8 +128,8 @@ def loaders(x=None):
 
 def state():
     return [
-        torch.is_autocast_enabled("cpu"),
-        torch.get_autocast_dtype("cpu"),
+        torch.is_autocast_enabled(DEVICE),
+        torch.get_autocast_dtype(DEVICE),
         torch.is_autocast_cache_enabled(),
         nesting(),
     ]
@@ -176,7 +177,7 @@ class Evaluates(Callback):
 
     def before_epoch(self):
         with bf16():
-            self.out = self.learn.model(torch.ones(1, 3, 16, 16))
+            self.out = self.learn.model(torch.ones(1, 3, 16, 16, device=DEVICE))
         raise CancelFitException
 
 
@@ -195,7 +196,7 @@ class Accelerated(Callback):
     order = 11
 
     def __init__(self):
-        self.accelerator = Accelerator(cpu=True)
+        self.accelerator = Accelerator(cpu=DEVICE == "cpu")
 
     def before_fit(self):
         self.plain, self.learn.model = self.learn.model, self.accelerator.prepare(self.learn.model)
@@ -264,11 +265,11 @@ def test_blocks_and_shared_layers():
         assert row.status == ("corrected" if right else "not_converged"), (row, seen[row.name])
     assert [row.status for row in learn.lsuv_report if row.name != "2"] == ["corrected"] * 3, "the tanh cannot reach 1"
 
-    net = Shared()
+    net, x = Shared().to(DEVICE), rows().to(DEVICE)
     with bf16():
-        report = lsuv_(net, rows())
+        report = lsuv_(net, x)
     with bf16():
-        records = audit(net, rows())
+        records = audit(net, x)
     assert [r.n_calls for r in records] == [1, 3, 1]
     assert_near(records, report)
 
@@ -306,7 +307,7 @@ def test_the_first_step_is_that_of_the_corrected_weights(make):
 @pytest.mark.parametrize("how", ["lsuv_", "fit"])
 def test_inside_an_autocast_of_the_user_s(how):
     "Its cache, filled before, holds no old weights afterwards."
-    net, x, before = convnet(), images(N)[:8], state()
+    net, x, before = convnet(), images(N)[:8].to(DEVICE), state()
     learn = learner(loaders(), net)
     with bf16():
         net(x)
@@ -337,11 +338,10 @@ def test_a_failure_under_autocast_leaves_no_autocast(at):
     assert_near(audited(look.found, images(N)[:8]), learn.lsuv_report)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("how", ["to_fp16", "to_bf16", "to_channelslast"])
 def test_fastai_s_own_on_a_machine_without_a_gpu(how):
     "Where they change nothing, LSUV doesn't either; the same weights as without them."
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU, on which they do change something")
     learn, plain = learner(loaders(), convnet()), learner(loaders(), copy.deepcopy(convnet()))
     plain.model.load_state_dict(learn.model.state_dict())
     getattr(learn, how)()

@@ -221,7 +221,7 @@ def test_an_export_holds_no_batch(cbs, tmp_path):
         learn.lsuv_init()
         learn.export()
         raw = (tmp_path / "export.pkl").read_bytes()
-        assert not [x for batch in keeper.seen for x in batch if x.numpy().tobytes()[64:192] in raw], (
+        assert not [x for batch in keeper.seen for x in batch if x.cpu().numpy().tobytes()[64:192] in raw], (
             "an image of a batch"
         )
         sizes[bs] = len(raw)

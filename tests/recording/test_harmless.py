@@ -338,7 +338,8 @@ def test_exported_and_loaded_in_a_new_process(make, tmp_path):
     learn.export()
     x = torch.rand(4, 1, 8, 8)
     np.save(tmp_path / "x.npy", x.numpy())
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(Path(fastai_lsuv.__file__).parents[1])])}
+    path = [str(HERE), str(Path(fastai_lsuv.__file__).parents[1]), *sys.path]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
     done = subprocess.run(
         [sys.executable, "-c", FRESH_PROCESS, *(str(tmp_path / n) for n in ("export.pkl", "x.npy", "out.npy"))],
         env=env,
@@ -349,7 +350,7 @@ def test_exported_and_loaded_in_a_new_process(make, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
-        assert np.array_equal(np.load(tmp_path / "out.npy"), learn.model.eval()(x).numpy())
+        assert np.array_equal(np.load(tmp_path / "out.npy"), learn.model.eval().cpu()(x).numpy())
     before, after = map(int, done.stdout.split()[-2:])
     assert after - before == 3
 
@@ -366,4 +367,4 @@ def test_an_export_holds_no_batch(tmp_path):
     learn.fit(1, cbs=(keeper := Keeper()))
     learn.export()
     raw = (tmp_path / "export.pkl").read_bytes()
-    assert not [x for batch in keeper.seen for x in batch if x.numpy().tobytes()[64:192] in raw]
+    assert not [x for batch in keeper.seen for x in batch if x.cpu().numpy().tobytes()[64:192] in raw]

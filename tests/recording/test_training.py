@@ -5,7 +5,7 @@ import torch
 import torch._dynamo  # here, since its import sets warnings filters
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision as OnTheGPU
-from fastai.vision.all import SGD, GradientAccumulation
+from fastai.vision.all import SGD, GradientAccumulation, default_device
 from feeds import loaders
 from learners import learner, small_cnn
 from models import Shared, images, mlp, rows
@@ -16,6 +16,8 @@ from witness import assert_as_seen, records
 from zoo import xresnet18
 
 from fastai_lsuv import ActivationStatsRecorder
+
+DEVICE = default_device().type
 
 
 @pytest.fixture(autouse=True)
@@ -138,12 +140,12 @@ def test_gradients_with_every_and_accumulation(tmp_path):
 
 
 class MixedPrecision(OnTheGPU):
-    "fastai's own, on the CPU: it always says 'cuda'."
+    "fastai's own, on the CPU, too: it always says 'cuda'."
 
     def before_fit(self):
         self.autocast, self.learn.scaler, self.scales = (
-            torch.autocast("cpu", torch.bfloat16),
-            GradScaler("cpu", init_scale=2.0**12),
+            torch.autocast(DEVICE, torch.bfloat16),
+            GradScaler(DEVICE, init_scale=2.0**12),
             [],
         )
 
