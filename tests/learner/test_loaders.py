@@ -218,8 +218,6 @@ IMAGES = {
     "on the device, drawn by torch": images(
         batch_tfms=[Rotate(p=0.5, draw=lambda x: x.new_empty(len(x)).uniform_()), Dihedral()]
     ),
-        batch_tfms=[Rotate(p=0.5, draw=lambda x: x.new_empty(len(x)).uniform_()), Dihedral()]
-    ),
 }
 
 STREAMS = {
