@@ -9,6 +9,7 @@ from typing import Any
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
 from fastai.learner import Learner
+from fastai.torch_core import default_device
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
@@ -164,7 +165,7 @@ def lsuv_init(
     """
     for cb in self._grab_cbs(LSUVCallback):
         batch, kwargs = cb.batch if batch is None else batch, cb.options | kwargs
-    self.model.to(getattr(self.dls, "device", None))  # as every fit and validation does
+    self.model.to(getattr(self.dls, "device", default_device()))  # as every fit does
     return _initialise(self, batch, kwargs)
 
 
