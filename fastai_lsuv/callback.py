@@ -10,6 +10,7 @@ from typing import Any
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
 from fastai.learner import Learner
+from fastai.torch_core import default_device
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
@@ -175,7 +176,7 @@ def lsuv_init(
     """
     for cb in self._grab_cbs(LSUVCallback):
         batch, kwargs = cb.batch if batch is None else batch, cb.options | kwargs
-    self.model.to(getattr(self.dls, "device", None))  # as every fit and validation does
+    self.model.to(getattr(self.dls, "device", default_device()))  # as every fit does
     sign = sign_of_training(self)
     report = _initialise(self, batch, kwargs)
     if (line := what_was_overwritten(report, sign)) and group_of(self).rank == 0:

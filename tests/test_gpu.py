@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from audit import audit, moved, parameter_bits
 from fastai.distributed import DistributedTrainer  # (here, since accelerate adds a warnings filter as it is imported)
@@ -173,3 +174,32 @@ def test_no_hook_waits_for_the_device(dls, tmp_path, options):
         torch.cuda.set_sync_debug_mode("default")
     frame = rec.to_frame()
     assert len(frame[frame.phase == "train"].step.unique()) == len(dls.train) and frame["std"].notna().all()
+
+
+class Functional(nn.Module):
+    "What a layer does, by a module of no known type."
+
+    def __init__(self, layer, function):
+        super().__init__()
+        self.weight, self.bias, self.function = layer.weight, layer.bias, function
+
+    def forward(self, x):
+        return self.function(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize(
+    ("layer", "function"),
+    [
+        (nn.Linear(64, 64), F.linear),
+        (nn.Conv2d(64, 64, 3), F.conv2d),
+        (nn.Conv3d(64, 64, 3), F.conv3d),
+        (nn.ConvTranspose1d(64, 64, 3), F.conv_transpose1d),
+    ],
+)
+def test_what_only_the_probe_finds_is_found_in_tf32(layer, function, monkeypatch):
+    "In which PyTorch computes convolutions unless it is told otherwise, and products if it is told to."
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    x = torch.randn(32, 64, *[8] * (layer.weight.dim() - 2))
+    (row,) = lsuv_(Functional(layer, function).cuda(), x.cuda())
+    assert row.status == "corrected", row

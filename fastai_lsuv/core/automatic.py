@@ -15,7 +15,7 @@ from fastai_lsuv.core.verdict import HEALTHY, NOT_JUDGED
 from fastai_lsuv.init import delta_orthogonal_, largest_std, looks_linear_
 
 MOST_PASSES = 10  # altogether
-_FEWEST = 2  # one that corrects, one that measures
+_FEWEST = 3  # one that corrects, one that measures, one for the gradient of a large batch
 _ALIKE = 0.05  # by how much one activation may differ from another at most, within 3 std
 
 
@@ -47,7 +47,7 @@ def choose(discovery: Discovery, options: Options) -> Chosen:
         room = MOST_PASSES - dry_run.n_forward
         if room < needed or best.trainability.score == 1:
             break
-        within = replace(candidate, max_iter=max(1, min(options.max_iter, room - 2)))
+        within = replace(candidate, max_iter=max(1, min(options.max_iter, room - _FEWEST)))
         dry_run.begin_again()
         tried = attempt(discovery.again(within), within)
         if tried.n_right >= plain.n_right and tried.trainability.score > best.trainability.score:

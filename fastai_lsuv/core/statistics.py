@@ -72,7 +72,7 @@ class Measured:
     @property
     def rms(self) -> float:
         """Root mean square."""
-        biased = (self.n - 1) / self.n
+        biased = (self.n - 1) / max(self.n, 1)
         return math.sqrt(fmean(m * m + s * s * biased for m, s in zip(self.mean, self.std, strict=True)))
 
     @property

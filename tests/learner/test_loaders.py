@@ -215,7 +215,9 @@ IMAGES = {
         item_tfms=RandomResizedCrop(8, min_scale=0.5), num_workers=2, persistent_workers=True
     ),
     "by the batch": images(batch_tfms=aug_transforms(size=8, max_warp=0.1)),
-    "on the device, drawn by torch": images(batch_tfms=[Rotate(p=0.5, draw=lambda x: torch.rand(len(x))), Dihedral()]),
+    "on the device, drawn by torch": images(
+        batch_tfms=[Rotate(p=0.5, draw=lambda x: x.new_empty(len(x)).uniform_()), Dihedral()]
+    ),
 }
 
 STREAMS = {

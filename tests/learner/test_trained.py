@@ -12,7 +12,7 @@ from functools import partial
 import cloudpickle
 import pytest
 import torch
-from audit import parameter_bits
+from audit import call, parameter_bits
 from fastai.vision.all import (
     SGD,
     Adam,
@@ -290,7 +290,7 @@ def test_another_model_that_is_refused_takes_the_report_with_it(make, capsys):
     learn = make(cbs=LSUVCallback())
     learn.fit(1)
     learn.model = small_cnn(nn.BatchNorm2d)
-    learn.model.train()(learn.dls.one_batch()[0])
+    call(learn.model.train(), learn.dls.one_batch()[0])
     capsys.readouterr()
     learn.fit(1, reset_opt=True)
     assert not ran(learn)
@@ -425,7 +425,7 @@ def test_a_callback_takes_no_refusal_to_another_learner(make, copied):
 
 def test_a_refusal_is_told_once_in_both_halves_of_fine_tune(make, capsys):
     learn = make(model=small_cnn(nn.BatchNorm2d))
-    learn.model.train()(learn.dls.one_batch()[0])
+    call(learn.model.train(), learn.dls.one_batch()[0])
     learn.fine_tune(1, cbs=LSUVCallback())
     assert len(lines(capsys)) == 1
 
@@ -541,7 +541,7 @@ def test_the_callback_s_options_and_batch_are_the_defaults_of_lsuv_init(make):
     learn = make(cbs=LSUVCallback(batch=batch, std=0.5, exclude="1.*"))
     assert [row.name for row in learn.lsuv_init(mean=None)] == ["0.0", "0.2"]
     with torch.no_grad():
-        out = learn.model[0][0](batch[0])
+        out = call(learn.model[0][0], batch[0])
     assert out.std().item() == pytest.approx(0.5, abs=1e-3)
     assert [row.name for row in learn.lsuv_init(exclude=None, std=2)] == ["0.0", "0.2", "1.0", "1.3"]
 

@@ -6,7 +6,7 @@ import struct
 
 import pandas as pd
 import pytest
-from fastai.vision.all import Callback, CancelFitException
+from fastai.vision.all import Callback, CancelFitException, default_device
 from fastcore.basics import init_args
 from feeds import loaders
 from learners import learner, small_cnn
@@ -198,7 +198,9 @@ def test_real_event_files(tmp_path, trace_model, options, recorder_first):
         rec := ActivationStatsRecorder(**options),
         TensorBoardCallback(tmp_path / "tb", trace_model=trace_model, log_preds=False),
     ]
-    make(*(cbs if recorder_first else cbs[::-1]), tmp_path=tmp_path).fit(2)
+    learn = make(*(cbs if recorder_first else cbs[::-1]), tmp_path=tmp_path)
+    learn.dls.to(default_device())  # where the callback expects the batch that it traces
+    learn.fit(2)
     found, frame = events(tmp_path / "tb"), rec.to_frame()
     assert len(records(rec)) == (3 if "every" in options else 6)
     names = ["mean", "std", "near_zero", "sparsity", "at_limit", "signal"]
