@@ -158,7 +158,7 @@ class Correction:
             not (layer.skipped or layer.is_block or layer.is_shared) and _is_scalable(layer.after) for layer in missed
         )
         self.n_polished += rounded
-        return rounded and self.n_polished <= _MOST_POLISHED
+        return rounded and self.n_polished <= min(_MOST_POLISHED, self.options.max_iter - 1)
 
     def _take_back_nonlinear(self) -> bool:
         """Take back layers that one step didn't put right, so that they count as blocks; return whether there are any.
