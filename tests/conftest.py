@@ -63,7 +63,7 @@ def for_the_gpu(item):
 
 def room(item):
     "The folder or file of `tests` that a test is in."
-    return item.path.relative_to(TESTS).parts[0] if item.path.is_relative_to(TESTS) else None
+    return next(iter(item.path.relative_to(TESTS).parts), None) if item.path.is_relative_to(TESTS) else None
 
 
 @pytest.hookimpl(wrapper=True)
