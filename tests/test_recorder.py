@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from audit import call
 from fastai.vision.all import (
     Callback,
     CancelBatchException,
@@ -67,7 +68,7 @@ def test_before_the_first_fit_it_is_empty_but_readable():
 
 def context(learn):
     with learn:
-        learn.model(torch.zeros(2, 1, 8, 8))
+        call(learn.model, torch.zeros(2, 1, 8, 8))
 
 
 OTHERS = {
@@ -82,7 +83,7 @@ OTHERS = {
     "summary": lambda learn: learn.summary(),
     "with losses": lambda learn: learn.get_preds(with_loss=True),
     "lsuv_init": lambda learn: learn.lsuv_init(),
-    "the model itself": lambda learn: learn.model.train()(torch.zeros(2, 1, 8, 8)),
+    "the model itself": lambda learn: call(learn.model.train(), torch.zeros(2, 1, 8, 8)),
     "fit(0)": lambda learn: learn.fit(0),
 }
 
@@ -126,7 +127,7 @@ class Meddler(Callback):
 
     def ask(self):
         with torch.no_grad():
-            self.learn.model(self.x)
+            call(self.learn.model, self.x)
 
     before_epoch = before_train = after_loss = before_step = after_batch = after_epoch = before_validate = ask
 
