@@ -67,7 +67,7 @@ def _function(x: Tensor, y: Tensor) -> Activation | None:
     rough, variance = (y[1:] - y[:-1]).square().mean(), y.var()
     if not (x[-1] > x[0] and rough <= _SMOOTH * variance):
         return None
-    points = torch.linspace(float(x[0]), float(x[-1]), _POINTS, dtype=x.dtype)
+    points = torch.linspace(float(x[0]), float(x[-1]), _POINTS, dtype=x.dtype, device=x.device)
     i = torch.searchsorted(x, points).clamp(1, len(x) - 1)
     share = ((points - x[i - 1]) / (x[i] - x[i - 1])).nan_to_num(0.0)
     return Activation(points, y[i - 1] + share * (y[i] - y[i - 1]))

@@ -75,8 +75,9 @@ def _critical_std(discovery: Discovery) -> float:
     modules = [layer.module for layer in discovery.layers if layer.before]
     try:
         found = activations(discovery.dry_run, modules)
-        groups = _groups(found)
-        return largest_std([(act, round(n * len(modules) / len(found))) for act, n in groups]) if groups else 1.0
+        with torch.device("cpu"):  # where what is found lies, whatever the default device
+            groups = _groups(found)
+            return largest_std([(act, round(n * len(modules) / len(found))) for act, n in groups]) if groups else 1.0
     except Exception:  # a model that can't run on a few samples, an activation that is flat at 0: measuring will tell
         return 1.0
 

@@ -145,9 +145,9 @@ def _run_twice(func: OpOverload, call: Any, scaled: set[int]) -> tuple[Any, list
 
 def _degree(y: Tensor, big: Tensor, factor: float, may_be_zero: bool) -> int | None:
     if y.dtype.is_floating_point or y.dtype.is_complex:
-        if torch.allclose(big, factor * y, rtol=1e-3, atol=0):
+        if torch.allclose(big, factor * y, rtol=1e-3, atol=0, equal_nan=True):
             return 1 if may_be_zero or y.count_nonzero() else 0  # a norm whose weight begins at 0 hides that it is one
-        return 0 if torch.allclose(big, y, rtol=1e-3, atol=0) else None
+        return 0 if torch.allclose(big, y, rtol=1e-3, atol=0, equal_nan=True) else None
     return 0 if torch.equal(big, y) else None
 
 

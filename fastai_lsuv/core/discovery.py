@@ -121,7 +121,7 @@ class Discovery:
                 warnings.simplefilter("ignore")  # whatever is to be said of gradients, training will say
                 self.look(layers, "after", also, backprop)
         except RuntimeError as error:
-            if "grad" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            if "grad" not in str(error):
                 raise
             backprop.is_due, self.watch = False, known
         return backprop.is_due

@@ -162,7 +162,7 @@ class _Probe:
         if self._depends_on_input(zero):
             return False
         value = {w: _nonzero(w) for w in weights}
-        factor = -0.7  # a sign and a fraction: neither a homogeneous nor a rounded function passes for linear
+        factor = -0.5  # a sign, for |w|, and a fraction, for round(w); a power of 2 is exact in any float, even TF32
         multiple = {w: factor * v for w, v in value.items()}
         off, once, other = (self._with(v) for v in (zero, value, multiple))
         return not self._same(once, off) and self._same(other - off, factor * (once - off))
@@ -203,7 +203,7 @@ class _Probe:
         off = self._with({weight: torch.zeros_like(weight)})
         part = self._with({weight: value}) - off
         for w_dim, y_dim in _equal_sizes(weight, self.output):
-            factor = torch.rand(weight.shape[w_dim], device=value.device, dtype=value.dtype) + 0.5
+            factor = 2.0 ** (torch.arange(weight.shape[w_dim], device=value.device) % 3 - 1).to(value.dtype)
             scaled = self._with({weight: value * _along(factor, w_dim, value)}) - off
             per_channel_bias = found.bias is None or found.bias.numel() == len(factor)
             if per_channel_bias and self._same(scaled, part * _along(factor.to(part.dtype), y_dim, part)):

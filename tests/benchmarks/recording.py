@@ -66,7 +66,7 @@ MODELS = {
     "MLP of 21 layers, 64 × 50": Training(*MLP, ENOUGH),
 }
 ON_A_GPU = {
-    name: Training(*model, 100, without=(FASTAI, FASTAI_HISTOGRAMS), device="cuda")
+    name: Training(*model, 60, without=(FASTAI, FASTAI_HISTOGRAMS), device="cuda")
     for name, model in zip(MODELS, (XRESNET, MLP))
 }
 
