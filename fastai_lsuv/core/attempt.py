@@ -40,7 +40,7 @@ class Attempt:
 def attempt(discovery: Discovery, options: Options) -> Attempt:
     """Correct the layers that have been found, as far as it is asked for, and judge what has come of it."""
     dry_run, layers = discovery.dry_run, discovery.layers
-    backprop = Backprop(dry_run, is_due=not options.only_measures)
+    backprop = discovery.backprop if options.only_measures else Backprop(dry_run, is_due=True)
     if options.only_measures:
         for layer in layers:
             layer.after = layer.before

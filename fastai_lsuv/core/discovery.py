@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -42,6 +41,7 @@ class Discovery:
 
     def __init__(self, dry_run: DryRun, options: Options) -> None:
         self.dry_run, self.options = dry_run, options
+        self.backprop = Backprop(dry_run, is_due=options.only_measures)
         self.priors = find_priors(dry_run)
         self.products, self.watch = self._first_look()
         self.layers = [*self._called(self.watch.seen)]
@@ -75,16 +75,25 @@ class Discovery:
         judged, products = own_of_root(self.dry_run), None
         if self.priors or any(is_uncertain(m) for m in self.dry_run.names):
             products = Products(self.dry_run.weights, judged, self.priors)
+            self.backprop.is_due = False  # products are followed without
         watch = self._watch(products)
         if products is None and is_any_used_by_root(self.dry_run, watch):
             products = Products(self.dry_run.weights, judged, self.priors)
+            self.backprop.is_due = False
             watch = self._watch(products)
         watch.products = None
         return products, watch
 
     def _watch(self, products: Products | None) -> Watch:
         watch = Watch(self.dry_run, self.options, products)
-        watch.run(m for m in self.dry_run.names if not is_scripted(m) and (m in watch.wanted or has_parameters(m)))
+        watched = [m for m in self.dry_run.names if not is_scripted(m) and (m in watch.wanted or has_parameters(m))]
+        if self.backprop.is_due:
+            done = watch.fork()
+            if self.backprop.can_see(
+                lambda: done.run(watched, dict.fromkeys(watched, self.backprop.see), with_grad=True)
+            ):
+                return done
+        watch.run(watched)
         return watch
 
     def look(
@@ -114,16 +123,9 @@ class Discovery:
 
     def _look_with_grad(self, layers: Sequence[Layer], also: Sequence[nn.Module], backprop: Backprop) -> bool:
         """Measure as ever, and have a gradient come through; return whether that can be done."""
-        backprop.begin()
         known, self.watch = self.watch, self.watch.fork()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # whatever is to be said of gradients, training will say
-                self.look(layers, "after", also, backprop)
-        except RuntimeError as error:
-            if "grad" not in str(error):
-                raise
-            backprop.is_due, self.watch = False, known
+        if not backprop.can_see(lambda: self.look(layers, "after", also, backprop)):
+            self.watch = known
         return backprop.is_due
 
     def look_again(self, backprop: Backprop) -> tuple[list[Layer], list[Layer]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +41,19 @@ class Backprop:
         """Forget the pass before, and free what it has kept."""
         self.calls: list[tuple[nn.Module, GradientEdge, int]] = []
         self.outputs: list[Tensor] = []
+
+    def can_see(self, make_pass: Callable[[], None]) -> bool:
+        """Make a pass that keeps what a gradient needs; return whether it can be made so."""
+        self.begin()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # whatever is to be said of gradients, training will say
+                make_pass()
+        except RuntimeError as error:
+            if "grad" not in str(error):
+                raise
+            self.is_due = False
+        return self.is_due
 
     def see(self, module: nn.Module, call: Call, output: Any) -> None:
         """Note a call of a layer, or of the whole model."""

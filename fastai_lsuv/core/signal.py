@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,8 +30,14 @@ _FEWEST = 3  # samples that need not lie on one line, seen from their mean
 class Signal:
     """What is looked at of one call of a layer: the same places, evenly spread, of samples of the batch."""
 
-    sample: Tensor  # (samples, places), on the device of the data: half a megabyte at most
+    size: torch.Size  # samples and places
     with_spread: bool
+    sample: Tensor | None  # on the device of the data: half a megabyte at most, until it's looked at
+    numbers: Tensor | None = None  # what has been seen of it
+
+    def looked_at(self) -> Signal:
+        """Return what is seen of it alone, without the sample."""
+        return replace(self, sample=None, numbers=_look([self]))
 
     def shares(self, within: float, between: float, gram: float = math.nan) -> tuple[float, float]:
         """Return, from what `looks` sees, the share of the std that is due to the input, and the spread; both 0 to 1.
@@ -39,7 +45,7 @@ class Signal:
         The spread is 1 - 1 / the participation ratio of the directions in which samples differ, (Σλ)² / Σλ² of the
         eigenvalues of their covariance: 0 on one line, 1 if each sample has a direction of its own.
         """
-        n, places = self.sample.shape
+        n, places = self.size
         trace = within**2
         over_batch, of_all = trace / (n - 1) / places, (trace + n * places * between) / (n * places - 1)
         if not 0 < of_all < math.inf:
@@ -53,7 +59,7 @@ def signal(x: Tensor, with_spread: bool = True) -> Signal | None:
     if not x.dim() or len(x) < 2 or not x.numel():
         return None
     sample = _some_places(x).clone(memory_format=torch.contiguous_format)
-    return Signal(sample, with_spread and len(sample) >= _FEWEST and sample.shape[1] > 1)
+    return Signal(sample.shape, with_spread and len(sample) >= _FEWEST and sample.shape[1] > 1, sample)
 
 
 def looks(signals: Sequence[Signal]) -> list[tuple[list[int], Tensor]]:
@@ -62,13 +68,15 @@ def looks(signals: Sequence[Signal]) -> list[tuple[list[int], Tensor]]:
     Return which they are, and what is seen of each: the norm of the samples, seen from their mean; the variance of
     their mean between places; and the norm of their Gram matrix.
     """
-    of_shape = alike([s.sample for s in signals])
+    done = [([i], s.numbers) for i, s in enumerate(signals) if s.numbers is not None]
+    pending = [(i, s.sample) for i, s in enumerate(signals) if s.sample is not None]
+    of_shape = [[pending[j][0] for j in which] for which in alike([sample for _, sample in pending])]
     chunks = [which[i : i + _AT_ONCE] for which in of_shape for i in range(0, len(which), _AT_ONCE)]
-    return [(which, _look([signals[i] for i in which])) for which in chunks]
+    return [*done, *((which, _look([signals[i] for i in which])) for which in chunks)]
 
 
 def _look(signals: Sequence[Signal]) -> Tensor:
-    x = torch.stack([s.sample for s in signals])
+    x = torch.stack([s.sample for s in signals if s.sample is not None])
     mean = x.mean(1, keepdim=True, dtype=sum_dtype(x))
     centred = x - mean
     seen = [torch.linalg.vector_norm(centred, dim=(1, 2)), mean.var((1, 2), correction=0)]

@@ -82,7 +82,8 @@ class Watch:
         if self.products is not None:
             before |= dict.fromkeys(watched, self._enter)
         with self.products or nullcontext():
-            self.dry_run.forward({**(after or {}), **dict.fromkeys(watched, self.see)}, before, with_grad=with_grad)
+            see = {m: _in_turn(after[m], self.see) if after and m in after else self.see for m in watched}
+            self.dry_run.forward({**(after or {}), **see}, before, with_grad=with_grad)
         self.last_output = None
         new = [self.seen[m] for m in watched if m in self.seen]
         measured = [(seen, seen.moments) for seen in new if seen.moments is not None]
@@ -226,6 +227,14 @@ class Watch:
         for child in module.children():
             if child not in self.seen and not is_scripted(child):
                 yield from self._parameters(child)
+
+
+def _in_turn(first: After, then: After) -> After:
+    def see(module: nn.Module, call: Call, output: Any) -> Any:
+        first(module, call, output)
+        return then(module, call, output)
+
+    return see
 
 
 def _has_tensor(call: Call) -> bool:

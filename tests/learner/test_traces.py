@@ -369,9 +369,9 @@ MEMORY = {
 
 @pytest.mark.parametrize("case", MEMORY)
 def test_one_copy_of_the_weights_and_a_few_activations(case):
-    "Passes run on a copy of the model; nothing else grows with it."
+    "Passes run on a copy of the model; nothing else grows with it but a few samples, through which a gradient comes."
     arguments, options = MEMORY[case]
-    net, x = deep(**arguments), rows(64, 192)
+    net, x = deep(**arguments), rows(96, 192)
     weights, activation, layer = size(net.parameters()), size([x]), size(net[0][0].parameters())
     with torch.no_grad():
         forward, _ = peak(net, x, f=lambda: net(x))
@@ -388,9 +388,9 @@ def test_one_copy_of_the_weights_and_a_few_activations(case):
 def test_a_learner_needs_copies_of_the_batch_beyond_that(given, monkeypatch):
     "It is fetched, moved, tried on callbacks and fed: some copies, whatever the model's depth."
     monkeypatch.undo()  # what looks for hooks keeps each model alive that has had one, the pilot's copy among them
-    net, x = deep(), rows(64, 192)
-    batch = x, torch.arange(64) % 3
-    learn = learner(DataLoaders(*(TorchLoader([*zip(*batch)], 64) for _ in range(2))), net, metrics=[], cbs=MixUp())
+    net, x = deep(), rows(96, 192)
+    batch = x, torch.arange(96) % 3
+    learn = learner(DataLoaders(*(TorchLoader([*zip(*batch)], 96) for _ in range(2))), net, metrics=[], cbs=MixUp())
     with torch.no_grad():
         forward, _ = peak(net, x, f=lambda: net(x))
     most, left = peak(net, *batch, f=lambda: learn.lsuv_init(batch=batch if given else None))
