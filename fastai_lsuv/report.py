@@ -79,7 +79,7 @@ class LSUVReport(Sequence[Row]):
     def __init__(
         self,
         rows: Sequence[Row],  # one per layer, in execution order
-        n_forward: int,  # passes over the whole batch; those on 16 samples for the gradient aren't counted
+        n_forward: int,  # how often the model ran, including passes on a few samples
         seconds: float,  # wall-clock time of everything
         mean: float | None = 0.0,  # target mean
         std: float | None = 1.0,  # target standard deviation

@@ -49,8 +49,9 @@ def lsuv_(
     plain LSUV makes the network trainable. Otherwise it tries bounded residual branches, mirrored weights and
     orthogonal weights, in at most ten passes, and takes the best by signal and gradient.
 
-    How a gradient travels is measured by one more forward and backward pass on 16 samples of the batch (with "auto",
-    one for each initialisation that is tried).
+    How a gradient travels is measured by a backward pass. If the batch has at most 64 samples, it follows the last of
+    the three passes, which then keeps its activations as a training step does; otherwise, it follows a fourth pass, on
+    8 samples. With "auto", each initialisation that is tried gets one.
 
     Raises:
         ValueError: an option is out of range, a pattern matches nothing, the batch contains infinity, or NaN that the

@@ -22,6 +22,9 @@ _ROW = 1024
 # Up to this many values float64 throughout is the fastest: the number of calls decides, not the memory.
 _SMALL = 2**15
 
+# So many values of half precision at a time are copied in single: 64 MB.
+_PART = 2**24
+
 # One-pass moments lose about eps * (1 + mean²/var) of the variance; beyond this ratio the centred second pass is due.
 _MAX_RATIO = 100.0
 # Outside this range the squares of float32 values overflow or underflow; float64 holds them.
@@ -93,8 +96,8 @@ def moments(x: Tensor, channel_dim: int | None = None, careful: bool = False) ->
     n_channels = 1 if channel_dim is None else x.shape[channel_dim]
     careful |= x.numel() < 2 * n_channels  # of a single value PyTorch's own say no more than a warning
     is_half = x.dtype.itemsize < torch.float32.itemsize
-    if is_half and not careful and channel_dim is None and not at_hand(x):
-        return _of_half(x)
+    if is_half and x.numel() >= _PART and not careful and channel_dim is None and not at_hand(x):
+        return _in_parts(in_memory_order(x))
     x = x.float() if is_half else x
     if channel_dim is not None:
         return _by_channel(x, channel_dim, careful or at_hand(x))
@@ -186,12 +189,14 @@ def _once(x: Tensor) -> Moments:
     return Moments(x.numel(), mean, std)
 
 
-def _of_half(x: Tensor) -> Moments:
-    """Sums in single precision of values in half: read in place, where `std_mean` would give no more than half back."""
-    n = x.numel()
-    mean = x.sum(dtype=torch.float32) / n
-    squares = torch.linalg.vector_norm(x, dtype=torch.float32).square()
-    return Moments(n, mean, _std((squares - n * mean.square()).clamp(min=0), n))
+def _in_parts(x: Tensor) -> Moments:
+    """The moments of half precisions, in single: never more than a part of them is copied."""
+    n_parts, rest = divmod(x.numel(), _PART)
+    parts = x[: n_parts * _PART].view(-1, _PART)
+    std, mean = (torch.stack(s) for s in zip(*(torch.std_mean(part.float()) for part in parts), strict=True))
+    m2 = std.square().sum() * (_PART - 1) + mean.var(correction=0) * parts.numel()
+    whole = Moments(parts.numel(), mean.mean(), _std(m2, parts.numel()))
+    return whole.merge(_twice(x[-rest:].float())) if rest else whole
 
 
 def _twice(x: Tensor) -> Moments:

@@ -272,6 +272,7 @@ def test_under_autocast():
     assert at_end(report) == ["last.0", "last.1"] and report.converged
 
 
+@pytest.mark.cpu  # fastai's Recorder keeps its losses there, where these tests make everything
 def test_the_callback_has_it_too():
     learn = Learner(
         digits_dls(),

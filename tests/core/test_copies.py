@@ -505,6 +505,7 @@ def test_layers_that_no_copy_can_follow_are_not_run_behind_the_user_s_back():
     assert not differences(before, fingerprint(net))
 
 
+@pytest.mark.cpu  # fastai's Recorder keeps its losses there, where these tests make everything
 def test_such_a_network_is_trained_without(capsys):
     learn = learner(digits(64, 16), nn.Sequential(nn.Flatten(), nn.Linear(64, 8), ByGlobalName(), nn.Linear(3, 10)))
     learn.fit(1, cbs=LSUVCallback())

@@ -53,6 +53,7 @@ class ToHalf(Callback):
         self.learn.pred = to_float(self.pred)
 
 
+@pytest.mark.cpu  # fastai's Recorder keeps its losses there, where these tests make everything
 def test_a_model_that_is_made_half_for_the_fit():
     learn = learner(loaders(images(16), bs=8), convnet(), cbs=[ModelToHalf(), ToHalf()])
     learn.fit(1, 1e-5, cbs=[LSUVCallback(), spy := Spy().watch(images(16)[:8].half())])

@@ -115,6 +115,7 @@ def test_a_constant_channel_is_told_and_the_others_are_right():
     assert stds[3] == 0 and all(abs(s - 1) <= 1e-3 for i, s in enumerate(stds) if i != 3)
 
 
+@pytest.mark.cpu  # Dynamo follows the audit's hooks into what makes tensors on a GPU
 @pytest.mark.parametrize("how", ["torch.compile", "in place"])
 def test_compiled_models_are_corrected_without_compiling_anything(how):
     net, x, compiled = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(32, 4), []
@@ -267,6 +268,7 @@ def fit(learn, **kwargs):
     return "lsuv_report" in vars(learn)
 
 
+@pytest.mark.cpu  # fastai's Recorder keeps its losses there, where these tests make everything
 def test_a_refusal_outlives_the_sign_that_led_to_it(trained, capsys):
     trained.add_cb(LSUVCallback())
     assert not fit(trained) and "lsuv_init" in capsys.readouterr().out

@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from counts import as_on_a_device
 
+from fastai_lsuv.core import statistics
 from fastai_lsuv.core.statistics import moments
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -16,9 +18,9 @@ def truth(x):
     return x.size, x.mean(), x.std(ddof=1)
 
 
-def agrees(x, rel=1e-4):
+def agrees(x, rel=1e-4, careful=False):
     "n exactly; std relatively; mean within the same fraction of std, or as far as single precision can tell."
-    m, (n, mean, std) = moments(x), truth(x)
+    m, (n, mean, std) = moments(x, careful=careful), truth(x)
     assert float(m.n) == n
     assert math.isclose(float(m.std), std, rel_tol=rel), (float(m.std), std)
     assert abs(float(m.mean) - mean) <= max(rel * std, 1e-7 * abs(mean)), (float(m.mean), mean)
@@ -37,7 +39,7 @@ def test_plain(dtype, shape):
 def test_a_mean_that_dwarfs_the_std(dtype, ratio):
     "E[x²] − E[x]² loses everything here in single precision; the truth is that of the rounded values."
     x = (torch.randn(50_000).double() + ratio).to(dtype)
-    agrees(x, rel=3e-4)
+    agrees(x, rel=3e-4, careful=True)
 
 
 @pytest.mark.parametrize("ratio", [-1e4, 1e5, 1e6])
@@ -60,11 +62,23 @@ def test_double_precision_goes_further(ratio):
 )
 def test_squares_neither_overflow_nor_vanish(dtype, scale):
     x = torch.rand(20_000, dtype=torch.float64).mul(2).sub(0.7).mul(scale).to(dtype)
-    agrees(x, rel=1e-3)
+    agrees(x, rel=1e-3, careful=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("ratio", [0, 1, 100])
+@pytest.mark.parametrize("n", [999, 1000, 1001, 50_002])
+def test_half_precision_on_a_device(dtype, ratio, n, monkeypatch):
+    "Copied in single precision part by part."
+    monkeypatch.setattr(statistics, "_PART", 1000)
+    with as_on_a_device():
+        agrees((torch.randn(n).double() + ratio).to(dtype), rel=3e-4)
+        constant = moments(torch.full((n,), -0.1, dtype=dtype))
+    assert float(constant.std) <= 1e-7
 
 
 def test_sums_in_half_precision_do_not_overflow():
-    agrees(torch.full((100_000,), 600.0, dtype=torch.float16) + torch.randn(100_000).half())
+    agrees(torch.full((100_000,), 600.0, dtype=torch.float16) + torch.randn(100_000).half(), careful=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -92,7 +106,7 @@ def test_memory_layouts(layout):
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 1000.0])
 def test_a_constant_has_no_spread(dtype, value):
     x = torch.full((3, 1000), value, dtype=dtype)
-    m = moments(x)
+    m = moments(x, careful=True)
     assert float(m.mean) == pytest.approx(x.double().mean().item(), rel=1e-6)
     assert 0 <= float(m.std) <= 1e-6 * abs(value)
 
