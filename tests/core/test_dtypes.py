@@ -88,10 +88,12 @@ def test_a_signal_at_the_ends_of_single_precision_leaves_finite_weights(scale, s
         assert report["0.0"].status == status, report
 
 
-@pytest.mark.parametrize("options", [{}, {"per_channel": True}, {"modules": nn.Module.children}])
+@pytest.mark.parametrize(
+    "options", [{}, {"per_channel": True}, {"modules": nn.Module.children}, {"init": "auto"}], ids=str
+)
 def test_a_default_device_elsewhere_changes_nothing(options):
     "What is measured stays where the model is: with a GPU as the default device, a model may be on the CPU."
-    net, x = mlp(10, 16, 3, act=nn.Tanh), rows()
+    net, x = mlp(10, *[16] * 40, 3, act=nn.Tanh), rows()  # so deep that "auto" looks for another way
     twin = copy.deepcopy(net)
     lsuv_(net, x, **options)
     with torch.device("meta"):

@@ -10,7 +10,7 @@ from torch import nn
 from zoo import ARCHITECTURES, architecture
 
 from fastai_lsuv import lsuv_
-from fastai_lsuv.core.gradient import SAMPLES
+from fastai_lsuv.core.gradient import SAMPLES, WHOLE
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -150,3 +150,65 @@ def test_a_batch_that_can_t_be_cut_is_left_alone():
     report = lsuv_(OfGraphs(), (Graph(torch.randn(100, 10)),))
     assert all(math.isnan(row.grad_after) for row in report)
     assert report.verdict == "healthy"
+
+
+RUNS = []
+
+
+class Counting(nn.Module):
+    "Notes how many samples it runs on, and whether with gradients."
+
+    def forward(self, x):
+        RUNS.append((len(x), torch.is_grad_enabled()))
+        return x
+
+
+MEASURES = {"mean": None, "std": None}
+
+
+@pytest.mark.parametrize(
+    ("n", "options", "runs"),
+    [
+        (WHOLE, {}, [(WHOLE, False), (WHOLE, False), (WHOLE, True)]),
+        (WHOLE + 1, {}, [(WHOLE + 1, False)] * 3 + [(SAMPLES, True)]),
+        (WHOLE, MEASURES, [(WHOLE, True)]),
+        (WHOLE + 1, MEASURES, [(WHOLE + 1, False), (SAMPLES, True)]),
+    ],
+)
+def test_every_run_is_counted_and_a_small_batch_needs_none_of_its_own(n, options, runs):
+    net = nn.Sequential(Counting(), *mlp(10, 8, 3))
+    RUNS.clear()
+    report = lsuv_(net, rows()[:1].repeat(n, 1) + torch.randn(n, 10), **options)
+    assert RUNS == runs
+    assert report.n_forward == len(runs)
+    assert not any(math.isnan(row.grad_after) for row in report)
+
+
+class Refusing(nn.Module):
+    "Can't be run with gradients, as what writes to its own weight can't."
+
+    def __init__(self, message):
+        super().__init__()
+        self.weight, self.message = nn.Parameter(torch.ones(8)), message
+
+    def forward(self, x):
+        if torch.is_grad_enabled():
+            raise RuntimeError(self.message)
+        return x * self.weight
+
+
+@pytest.mark.parametrize("options", [{}, MEASURES], ids=["corrected", "measured"])
+def test_what_cannot_run_with_gradients_is_measured_without(options):
+    net = nn.Sequential(nn.Linear(10, 8), Refusing("a leaf Variable that requires grad"), nn.Linear(8, 3))
+    report = lsuv_(net, rows(), **options)
+    assert report.converged or options
+    assert all(math.isnan(row.grad_after) for row in report)
+    assert [row.n_calls for row in report] == [1] * len(report)
+
+
+def test_another_error_is_the_model_s():
+    net = nn.Sequential(nn.Linear(10, 8), Refusing("too hot"), nn.Linear(8, 3))
+    before = fingerprint(net)
+    with pytest.raises(RuntimeError, match="too hot"):
+        lsuv_(net, rows())
+    assert fingerprint(net) == before

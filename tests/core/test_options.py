@@ -93,6 +93,14 @@ def test_std_none_scales_nothing():
     assert report["0"].std_after == pytest.approx(first.std, rel=1e-4)
 
 
+def test_without_a_bias_nothing_is_left_to_do_if_nothing_is_scaled():
+    net, x = nn.Sequential(nn.Linear(10, 8, bias=False), nn.ReLU(), nn.Linear(8, 3)), rows()
+    weight = net[0].weight.detach().clone()
+    report = lsuv_(net, x, std=None)
+    assert [row.status for row in report] == ["unchanged", "corrected"]
+    assert torch.equal(net[0].weight, weight)
+
+
 def test_both_none_is_a_free_diagnosis():
     net, x = convnet(norm=nn.BatchNorm2d), images()
     before, rng = fingerprint(net), rng_print()
