@@ -1,5 +1,6 @@
 """Figures in a notebook: each call shows its figure, once, wherever it stands in a cell."""
 
+import IPython.core.completer  # noqa: F401  (adds a warnings filter as it is imported, as a client may do later)
 import nbformat
 from nbclient import NotebookClient
 
