@@ -48,6 +48,8 @@ def setup(app: Sphinx) -> None:
     def fit(_: Sphinx, page: str, source: list[str]) -> None:
         if page.startswith("nbs/"):  # Jupyter's anchors are written with capitals, MyST's and GitHub's without
             source[0] = re.sub(r"\]\((\w+\.ipynb)?#[\w-]+\)", lambda link: link[0].lower(), source[0])
+        else:  # a number and its interval stay on one line
+            source[0] = source[0].replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
     def copy_markdown(_: Sphinx, error: Exception | None) -> None:
         for page in [] if error else app.env.found_docs:

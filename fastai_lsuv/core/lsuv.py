@@ -33,7 +33,7 @@ def lsuv_(
     per_channel: bool = False,  # correct each output channel separately (Krähenbühl et al. 2016, arXiv:1511.06856)
     modules: Choice = None,  # layers to correct; `None`: all affine ones. Types, names, wildcards, modules, a function
     exclude: Choice = None,  # layers to leave alone, with everything inside them; the same forms
-    init: Callable[..., Any] | Literal["auto"] | None = None,  # in-place initialiser applied first; "auto": see below
+    init: Callable[..., Any] | Literal["auto"] | None = None,  # in-place initialiser applied first, or "auto"
     tol: float = 1e-3,  # tolerance for blocks and shared layers, whose steps aren't exact; relative to a `std` below 1
     max_iter: int = 10,  # most steps for blocks and shared layers
     residual: bool = False,  # give the last layer of each of n residual branches std/√n, to bound their sum
