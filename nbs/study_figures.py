@@ -80,7 +80,7 @@ def plot_table(df: pd.DataFrame) -> Figure:
 
 
 def plot_depth(df: pd.DataFrame) -> Figure:
-    "Accuracy over depth, for each activation a panel; bars are 95 % confidence intervals."
+    "Accuracy over depth, for each activation a panel; bars are 95% confidence intervals."
     acts = [act for act in ACTIVATIONS if act in set(df.act)]
     inits = [init for init in COMPARED if init in set(df.init)]
     fig = new_figure(4.2 * len(acts), 3.8)

@@ -1,4 +1,4 @@
-"""What the study found: tables with 95 % confidence intervals, and tests, from `study.csv`.
+"""What the study found: tables with 95% confidence intervals, and tests, from `study.csv`.
 
     python nbs/study_results.py    # prints them
 
@@ -30,7 +30,7 @@ def at_best_rate(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def interval(accuracy: pd.Series) -> float:
-    """Half of the 95 % confidence interval of a mean over seeds; of one seed, that of the validation images alone.
+    """Half of the 95% confidence interval of a mean over seeds; of one seed, that of the validation images alone.
 
     The variance between seeds, by Student's t, and that of what 10,000 images can tell, which all seeds share.
     """
@@ -55,7 +55,7 @@ def drop_repeated(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def compared(df: pd.DataFrame, one: str, other: str) -> dict[str, float]:
-    "Mean difference over cells and seeds, in points, its 99 % interval, and p of a paired t-test."
+    "Mean difference over cells and seeds, in points, its 99% interval, and p of a paired t-test."
     both = at_best_rate(df).pivot_table(index=[*CELL, "seed"], columns="init", values="accuracy")[[one, other]].dropna()
     difference = 100 * (both[one] - both[other])
     test = stats.ttest_rel(both[one], both[other])

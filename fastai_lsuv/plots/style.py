@@ -120,7 +120,7 @@ def mark_level(ax: Axes, y: float, label: str, dash: str = "--") -> None:
 
 
 def scale_accuracy(ax: Axes, chance: float) -> None:
-    """From 0 to 100 %, with a line at the accuracy of a blind guess."""
+    """From 0 to 100%, with a line at the accuracy of a blind guess."""
     mark_level(ax, chance, "chance", dash=":")
     ax.set_ylim(0, 1.02)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -34,7 +34,7 @@ HEALTHY = Verdict("healthy")
 REMEDIES = {  # of all verdicts but `healthy`, the gravest first
     "exploding": "Lower the learning rate, clip gradients, or initialise with LSUV",
     "dying": "Lower the learning rate, or initialise with LSUV",
-    "vanishing": "Initialise with LSUVCallback(init='auto'), so that the signal comes through",
+    "vanishing": "Initialise with LSUVCallback(init='auto'), or init=looks_linear_ if it keeps your weights",
     "dead units": "Lower the learning rate, or use an activation that has a slope on both sides, such as leaky ReLU",
     "too fast": "Lower the learning rate",
     "not learning": "Raise the learning rate, or check that the optimizer has this layer's parameters",
