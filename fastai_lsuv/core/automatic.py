@@ -60,9 +60,13 @@ def choose(discovery: Discovery, options: Options) -> Chosen:
 
 def _candidates(discovery: Discovery, options: Options, needed: int) -> Iterator[tuple[str, Options]]:
     """Ways to initialise that are worth a try, by name."""
-    may_look = discovery.dry_run.n_forward + 1 + needed <= MOST_PASSES
-    if not options.residual and options.std is not None and may_look and discovery.branch_ends:
+    def may_look() -> bool:  # it takes a pass, and then there should be some left to try what was found
+        return discovery.dry_run.n_forward + 1 + needed <= MOST_PASSES
+
+    if not options.residual and options.std is not None and may_look() and discovery.branch_ends:
         yield "residual=True", replace(options, residual=True)
+    if not may_look():
+        return
     factor = _critical_std(discovery)
     std = None if options.std is None else options.std * factor
     with_std = "" if std == options.std else f", std={std:.2g}"

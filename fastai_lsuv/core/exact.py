@@ -134,7 +134,7 @@ def scaled(layer: Layer, y: Tensor, step: Step) -> Tensor:
     wide = at_least_single(y.dtype)
     scale, shift = step.scale.to(wide), step.shift.to(wide)
     channels = (layer.channel_dim(y) or 0) if scale.dim() else None
-    if y.dtype != wide and channels in (None, 1) and y.dim() > 1 and y.device.type in ("cpu", "cuda"):
+    if y.dtype != wide and channels in (None, 1) and y.dim() > 1 and _norm_keeps_layout(y):
         corrected = _rounded_once(y, scale, shift)
     else:
         if channels is not None:
@@ -148,6 +148,12 @@ def scaled(layer: Layer, y: Tensor, step: Step) -> Tensor:
         return corrected
     y.data = corrected  # the graph that leads to it is that of the corrected weights, too
     return y
+
+
+def _norm_keeps_layout(y: Tensor) -> bool:
+    """Whether a norm puts out what lies in memory as its input does, as the model may take a view of it."""
+    in_order = y.is_contiguous() or (y.dim() == 4 and y.is_contiguous(memory_format=torch.channels_last))
+    return in_order and y.device.type in ("cpu", "cuda")
 
 
 def _rounded_once(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -28,6 +28,15 @@ class Gradient(NamedTuple):
     growth: float  # the elasticity beside that in a linear network of random weights, √(values of y / values of out)
 
 
+class _Seen(NamedTuple):
+    """A call of a module."""
+
+    module: nn.Module
+    edge: GradientEdge
+    n: int  # number of values
+    norm: Sequence[Tensor]  # of them, in a pass of a few samples: these may be larger or smaller than the others
+
+
 class Backprop:
     """Notes in a pass where gradients come through, and sends one back."""
 
@@ -39,7 +48,7 @@ class Backprop:
 
     def begin(self) -> None:
         """Forget the pass before, and free what it has kept."""
-        self.calls: list[tuple[nn.Module, GradientEdge, int]] = []
+        self.calls: list[_Seen] = []
         self.outputs: list[Tensor] = []
 
     def can_see(self, make_pass: Callable[[], None]) -> bool:
@@ -49,17 +58,17 @@ class Backprop:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # whatever is to be said of gradients, training will say
                 make_pass()
-        except RuntimeError as error:
-            if "grad" not in str(error):
-                raise
+        except Exception:  # in a pass without, what is no matter of gradients is raised again
             self.is_due = False
+            self.begin()  # there may not have been room for it
         return self.is_due
 
     def see(self, module: nn.Module, call: Call, output: Any) -> None:
         """Note a call of a layer, or of the whole model."""
         y = first_tensor(output)
         if y is not None and y.grad_fn is not None and y.numel():
-            self.calls.append((module, get_gradient_edge(y), y.numel()))  # it may be changed in place
+            of_samples = () if self.is_due else _norms([y])
+            self.calls.append(_Seen(module, get_gradient_edge(y), y.numel(), of_samples))  # it may be changed in place
             if module is self.dry_run.model:
                 self.outputs.append(y)
 
@@ -76,26 +85,26 @@ class Backprop:
                 if not self.is_due:
                     see = dict.fromkeys([*sizes, self.dry_run.model], self.see)
                     self.dry_run.forward(see, part=first_samples, with_grad=True)
-                return self._backward([call for call in self.calls if call[0] in sizes], sizes)
+                return self._backward([call for call in self.calls if call.module in sizes], sizes)
         except Exception:  # whatever a model's own backward may raise: that is no matter of its initialisation
             return {}
         finally:
             self.begin()
 
-    def _backward(
-        self, calls: Sequence[tuple[nn.Module, GradientEdge, int]], sizes: Mapping[nn.Module, float]
-    ) -> dict[nn.Module, Gradient]:
+    def _backward(self, calls: Sequence[_Seen], sizes: Mapping[nn.Module, float]) -> dict[nn.Module, Gradient]:
         (out,) = self.outputs
         v = torch.randn_like(out)
-        came_back = torch.autograd.grad(out, [edge for _, edge, _ in calls], v, allow_unused=True)
-        reached = [(module, n, g) for (module, _, n), g in zip(calls, came_back, strict=True) if g is not None]
-        (of_v,), (of_out,), *norms = on_host(_norms([v, out, *(g for *_, g in reached)]))
+        came_back = torch.autograd.grad(out, [call.edge for call in calls], v, allow_unused=True)
+        reached = [(call, g) for call, g in zip(calls, came_back, strict=True) if g is not None]
+        of_samples = [norm for call, _ in reached for norm in call.norm]
+        (of_v,), (of_out,), *norms = on_host([*_norms([v, out, *(g for _, g in reached)]), *of_samples])
+        of_calls = [norm for (norm,) in norms[len(reached) :]]
+        of_calls = of_calls or [sizes[call.module] * math.sqrt(call.n) for call, _ in reached]
         strongest: dict[nn.Module, Gradient] = {}
-        for (module, n, _), (norm,) in zip(reached, norms, strict=True):
-            of_y = sizes[module] * math.sqrt(n)
+        for (call, _), (norm,), of_y in zip(reached, norms, of_calls, strict=False):
             elasticity = norm * of_y / (of_v * of_out) if of_v * of_out else math.nan
-            gradient = Gradient(elasticity, elasticity / math.sqrt(n / out.numel()))
-            strongest[module] = max(strongest.get(module, gradient), gradient)
+            gradient = Gradient(elasticity, elasticity / math.sqrt(call.n / out.numel()))
+            strongest[call.module] = max(strongest.get(call.module, gradient), gradient)
         return strongest
 
 

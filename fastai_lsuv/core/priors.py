@@ -56,9 +56,8 @@ def _ends(biases: Sequence[Tensor]) -> list[tuple[float, float]]:
     """The least and the largest value of each."""
     groups, found = alike(biases), dict[int, tuple[float, float]]()
     with torch.no_grad():
-        home = iter(
-            on_host([end for which in groups for end in torch.stack([biases[i] for i in which]).aminmax(dim=1)])
-        )
+        rows = [torch.stack([biases[i].reshape(-1) for i in which]) for which in groups]
+        home = iter(on_host([end for of_shape in rows for end in of_shape.aminmax(dim=1)]))
     for which in groups:
         found |= zip(which, zip(next(home), next(home), strict=True), strict=True)
     return [found[i] for i in range(len(biases))]

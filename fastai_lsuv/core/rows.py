@@ -57,7 +57,8 @@ def _rounding(layer: Layer) -> float:
     if layer.after is None:
         return 0.0
     std = layer.target.std or max(layer.after.std)
-    size = max(1.0, layer.ratio, abs(layer.target.mean or 0.0) / std) * max(1.0, std)
+    wanted = abs(layer.target.mean or 0.0) / std if std else 0.0
+    size = max(1.0, layer.ratio, wanted) * max(1.0, std)
     return 4 * layer.eps * size if layer.eps > _EPS_OF_HALF or size > _LARGE else 0.0
 
 

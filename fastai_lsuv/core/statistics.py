@@ -76,7 +76,8 @@ class Measured:
     def rms(self) -> float:
         """Root mean square."""
         biased = (self.n - 1) / max(self.n, 1)
-        return math.sqrt(fmean(m * m + s * s * biased for m, s in zip(self.mean, self.std, strict=True)))
+        variances = [s * s * biased if self.n > 1 else 0.0 for s in self.std]
+        return math.sqrt(fmean(m * m + var for m, var in zip(self.mean, variances, strict=True)))
 
     @property
     def is_finite(self) -> bool:

@@ -222,6 +222,23 @@ def test_at_most_ten_passes_and_nothing_worse_than_plain(make):
     assert sum(r.status == "not_converged" for r in report) <= sum(r.status == "not_converged" for r in plain)
 
 
+class Residual(nn.Module):
+    "Takes more passes for each attempt, as none can be made with gradients."
+
+    def __init__(self):
+        super().__init__()
+        self.layers = stack(60, lambda i: nn.Linear(32, 32), relu)
+        self.branch = stack(1, lambda i: nn.Linear(32, 32), relu, nn.Linear(32, 32))
+
+    def forward(self, x):
+        x = self.layers(x)
+        return torch.from_numpy((x + self.branch(x)).numpy())
+
+
+def test_no_pass_is_made_for_a_look_at_what_there_is_no_room_to_try():
+    assert lsuv_(Residual(), torch.randn(16, 32), init="auto").n_forward <= 10
+
+
 def test_branches_that_are_not_there_are_said_once(recwarn):
     lsuv_(made(60, 16), torch.as_tensor(digits_dls().one_batch()[0]), init="auto", residual=True)
     told = [w for w in recwarn if "residual=True changes nothing" in str(w.message)]

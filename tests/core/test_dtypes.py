@@ -99,3 +99,29 @@ def test_a_default_device_elsewhere_changes_nothing(options):
     with torch.device("meta"):
         lsuv_(twin, x, **options)
     assert parameter_bits(twin) == parameter_bits(net)
+
+
+class Transposing(nn.Module):
+    "A layer that hands on a view in which values of a channel don't lie as they would in a fresh tensor."
+
+    def __init__(self, n):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n, n) / n)
+
+    def forward(self, x):
+        return (x @ self.weight).transpose(1, 2)
+
+
+class TakesAView(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.head = Transposing(8), nn.Linear(40, 4)
+
+    def forward(self, x):
+        return self.head(self.tokens(x).transpose(1, 2).view(len(x), -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_handed_on_lies_in_memory_as_before(dtype):
+    report = lsuv_(TakesAView().to(dtype), torch.randn(16, 5, 8).to(dtype))
+    assert [row.status for row in report] == ["corrected"] * 2

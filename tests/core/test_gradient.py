@@ -85,6 +85,27 @@ class OnlyWhole(nn.Module):
         return x.view(80, -1)
 
 
+class OnlyWithout(nn.Module):
+    "A model that refuses to run with gradients, in words of its own."
+
+    def __init__(self, error):
+        super().__init__()
+        self.layers, self.error = mlp(10, 8, 3), error
+
+    def forward(self, x):
+        if torch.is_grad_enabled():
+            raise self.error
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), AssertionError("no"), RuntimeError("out of memory")], ids=repr)
+@pytest.mark.parametrize("options", [{}, {"mean": None, "std": None}], ids=["correct", "measure"])
+def test_a_model_that_runs_only_without_is_measured_without(error, options):
+    report = lsuv_(OnlyWithout(error), rows(), **options)
+    assert {row.status for row in report} == {"unchanged" if options else "corrected"}
+    assert all(math.isnan(row.grad_after) for row in report)
+
+
 @pytest.mark.parametrize("part", [NoGrad, Rounding, ToNumpy, OnlyWhole])
 def test_where_no_gradient_comes_through_it_is_nan(part):
     net = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), part(), nn.Linear(8, 3))
@@ -112,6 +133,20 @@ def test_an_activation_in_place_behind_it_changes_nothing():
 
 def test_of_the_last_layer_it_is_one():
     assert lsuv_(mlp(10, 8, 3), rows())[-1].grad_after == pytest.approx(1)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_the_first_samples_may_be_quieter_or_louder_than_the_others(scale):
+    net = nn.Sequential(nn.Linear(10, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False))
+    x = torch.randn(200, 10)
+    x[:SAMPLES] *= scale
+    report = lsuv_(net, x)
+    assert report[-1].grad_after == pytest.approx(1)
+    assert report.verdict == "healthy"
+
+
+def test_of_a_single_value():
+    assert lsuv_(mlp(10, 8, 1), torch.randn(1, 10))[-1].grad_after == pytest.approx(1)
 
 
 def test_hooks_on_gradients_see_training_s_only():

@@ -316,3 +316,10 @@ def test_a_batch_that_is_no_tuple(batch):
     learn = Learner(digits_dls(), plain_cnn(4))
     with pytest.raises(TypeError, match=r"batch.*\(xb, yb\)"):
         learn.lsuv_init(batch)
+
+
+def test_a_mean_for_a_layer_of_constant_output_whose_std_is_left_alone():
+    net = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4, bias=False))
+    nn.init.zeros_(net[1].weight)
+    report = lsuv_(net, torch.randn(16, 8), mean=0.3, std=None)
+    assert [row.status for row in report] == ["corrected", "skipped"]

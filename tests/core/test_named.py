@@ -425,6 +425,13 @@ def test_a_bias_that_was_drawn_is_no_prior():
     assert lsuv_(net, x())["2"].reason == "" == lsuv_(net, x())["2"].reason
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 4)], ids=str)
+def test_biases_of_unusual_shapes(shape):
+    net = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    net[2].bias, net[4].bias = (nn.Parameter(torch.randn(shape)) for _ in range(2))
+    assert [row.status for row in lsuv_(net, x())] == ["corrected"] * 3
+
+
 class OnTransformed(nn.Module):
     "Runs a network of its own on tensors made from that network's parameters."
 
