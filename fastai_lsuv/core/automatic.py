@@ -60,6 +60,7 @@ def choose(discovery: Discovery, options: Options) -> Chosen:
 
 def _candidates(discovery: Discovery, options: Options, needed: int) -> Iterator[tuple[str, Options]]:
     """Ways to initialise that are worth a try, by name."""
+
     def may_look() -> bool:  # it takes a pass, and then there should be some left to try what was found
         return discovery.dry_run.n_forward + 1 + needed <= MOST_PASSES
 

@@ -123,7 +123,7 @@ class _Copier:
             if type(value) in _IMMUTABLE:
                 attributes[name] = value
             elif name in _REGISTRIES and not value and type(value) is _REGISTRIES[name]:
-                attributes[name] = type(value)()  # most of them are empty, and there are a dozen in each module
+                attributes[name] = self._keep(value, type(value)())  # a dozen in each module, and most are empty
             elif name != "_compiled_call_impl":
                 attributes[name] = self.copy(value)
         for name in copyreg._slotnames(type(o)):  # type: ignore[attr-defined]

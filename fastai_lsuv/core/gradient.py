@@ -44,6 +44,7 @@ class Backprop:
         """`is_due`: a pass that measures the result will be made anyway."""
         self.dry_run = dry_run
         self.is_due = is_due and _n_samples(dry_run.call) <= WHOLE
+        self.refused: Exception | None = None  # what a pass with gradients ended with
         self.begin()
 
     def begin(self) -> None:
@@ -58,9 +59,9 @@ class Backprop:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # whatever is to be said of gradients, training will say
                 make_pass()
-        except Exception:  # in a pass without, what is no matter of gradients is raised again
-            self.is_due = False
-            self.begin()  # there may not have been room for it
+        except Exception as error:
+            self.is_due, self.refused = False, error
+            self.begin()
         return self.is_due
 
     def see(self, module: nn.Module, call: Call, output: Any) -> None:
@@ -78,6 +79,9 @@ class Backprop:
         The elasticity has no unit, so that layers of any scale compare; beside that of a linear network, so do layers
         of any shape. Of several calls the strongest counts. Modules through which no gradient can come are left out,
         and all of them if the model can't be differentiated.
+
+        Raises:
+            Exception: what the pass before ended with, if gradients do come through: they weren't the reason.
         """
         try:
             with warnings.catch_warnings():
@@ -85,11 +89,14 @@ class Backprop:
                 if not self.is_due:
                     see = dict.fromkeys([*sizes, self.dry_run.model], self.see)
                     self.dry_run.forward(see, part=first_samples, with_grad=True)
-                return self._backward([call for call in self.calls if call.module in sizes], sizes)
+                found = self._backward([call for call in self.calls if call.module in sizes], sizes)
         except Exception:  # whatever a model's own backward may raise: that is no matter of its initialisation
             return {}
         finally:
             self.begin()
+        if self.refused is not None:
+            raise self.refused
+        return found
 
     def _backward(self, calls: Sequence[_Seen], sizes: Mapping[nn.Module, float]) -> dict[nn.Module, Gradient]:
         (out,) = self.outputs
