@@ -89,7 +89,9 @@ def test_a_signal_at_the_ends_of_single_precision_leaves_finite_weights(scale, s
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"per_channel": True}, {"modules": nn.Module.children}, {"init": "auto"}], ids=str
+    "options",
+    [{}, {"per_channel": True}, {"modules": nn.Module.children}, {"init": "auto"}],
+    ids=["default", "by channel", "blocks", "auto"],
 )
 def test_a_default_device_elsewhere_changes_nothing(options):
     "What is measured stays where the model is: with a GPU as the default device, a model may be on the CPU."
