@@ -45,7 +45,7 @@ class DryRun:
         self.model, self.call = plain(model), call
         frozen = [m for m in self.model.modules() if not m.training] if as_it_stands and model.training else []
         self.names = {module: name for name, module in named_modules(self.model)}
-        self.n_forward = 0  # passes of the whole model so far
+        self.n_forward = 0  # runs of the model so far
         self._random = RandomState()
         originals = [p for m in self.names if not is_scripted(m) for p in m._parameters.values() if p is not None]
         self._working = _copied_weights(originals)
@@ -91,7 +91,7 @@ class DryRun:
                 for module in {**before, **after}:  # a cycle would keep it alive until the next garbage collection
                     del vars(self._copies[module])["forward"]
                 self._copies = {}
-        if not with_grad:  # most likely the last
+        if not with_grad:  # behind one with, there is most likely no other
             self._next = self._copy_of_model()  # while a device is still at work
 
     def _refuse_original(self, module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -22,7 +22,7 @@ SIGNAL_LOST = 0.1
 
 # Values are enough if there are so many, from so many places, in so many samples of the batch.
 _VALUES, _PLACES, _SAMPLES = 2**15, 2**10, 2**7
-_AT_ONCE = 16
+_AT_ONCE = 16  # samples that are looked at together: in double precision a megabyte each at most
 _FEWEST = 3  # samples that need not lie on one line, seen from their mean
 
 

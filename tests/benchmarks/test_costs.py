@@ -10,12 +10,14 @@ from costs import Turns, by_depth, memory, others
 FOUR = ["ResNet-50", "VGG-16-BN", "ViT-B/16", "ConvNeXt-T"]
 
 
-MISSED = pytest.mark.xfail(
-    strict=False, reason="3.5 to 3.7: to read the outputs of depthwise layers costs what it takes to make them"
+WITH_GRADIENT = pytest.mark.xfail(
+    strict=True,
+    reason="the backward pass of all 16 images: 1 to 1.5 forward passes more, and their activations in memory",
 )
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=MISSED if name == "MobileNetV2" else ()) for name in MODELS])
+@WITH_GRADIENT
+@pytest.mark.parametrize("name", MODELS)
 def test_forward_passes(benchmark, name):
     turns = Turns(MODELS[name])
     aside = []
@@ -29,8 +31,14 @@ def test_forward_passes(benchmark, name):
         turns.add(row | dict(whole=took))
     benchmark.extra_info |= {of: turns.ratio(of) for of in ("eval", "correcting", "whole")}
     assert turns.ratio("whole") <= MODELS[name].goal
-    if name in FOUR:
-        assert turns.ratio("correcting") <= 1.25
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_the_correcting_pass(name):
+    turns = Turns(MODELS[name])
+    for _ in range(turns.rounds_in(25)):
+        turns.add(turns.beside())
+    assert turns.ratio("correcting") <= 1.25
 
 
 FEW = pytest.mark.xfail(reason="the package, content with 10%, has little to correct in it: 31 passes")
@@ -46,6 +54,7 @@ def test_cost_is_linear_in_depth():
     assert many["ours"] < 2 * 20 * few["ours"] and many["course_passes"] > 15 * few["course_passes"]
 
 
+@WITH_GRADIENT
 @pytest.mark.parametrize("name", ["ResNet-50", "ConvNeXt-T"])
 def test_memory_beyond_a_forward_pass_is_one_copy_of_the_weights(name):
     forward, ours, weights, _ = memory(MODELS[name])
